@@ -1,0 +1,287 @@
+"""Normalisation layers, and the statistics that simulated devices keep apart.
+
+Devices that train together never share a BatchNorm batch: each one normalises by the mean and
+variance of its own samples (Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1, run once per
+device). ``DeviceBatchNorm2d`` reproduces that on the fused batch of all devices; it is what fails
+under skewed labels (Hsieh et al. 2020, arXiv 1910.00189). Group, layer and instance normalisation
+(Wu & He 2018, arXiv 1803.08494, section 3.1) look at one sample at a time, so fusing devices does
+not concern them.
+
+Shapes: B samples in the fused batch, C channels, H and W pixels, D simulated devices, D_b of them
+in one block.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("batch", "sync-batch", "group", "layer", "instance", "fixup")
+BATCH_STATISTICS = ("mean", "total")
+
+DeviceBlocks: TypeAlias = tuple[tuple[Tensor | None, int], ...]
+"""Which device every sample of a fused batch belongs to: ``((device_ids, per_device), ...)``.
+
+``device_ids`` is int64 ``[D_b]`` without repeats, or None for all devices in order 0..D-1. A block
+takes ``D_b * per_device`` consecutive samples, and its sample ``i * D_b + j`` belongs to device
+``device_ids[j]``. Devices in no block sit the step out.
+"""
+
+
+class DeviceBatchNorm2d(nn.Module):
+    """BatchNorm with statistics of its own for each of D simulated devices.
+
+    Training on ``[B, C, H, W]`` equals D separate ``nn.BatchNorm2d`` replicas, each on its own
+    samples, that share the affine parameters. The running statistics ``running_mean`` and
+    ``running_var`` are ``[D, C]``, one exponential average per device (weight ``momentum`` for the
+    new value, unbiased variance, as in PyTorch). Scale starts at one and shift at zero.
+
+    Evaluation has one model, so it normalises by an aggregate over all D devices:
+
+    * ``"mean"``: ``mean_d(mu_d)`` and ``mean_d(var_d)``, what a server gets by averaging buffers;
+    * ``"total"``: the variance is ``mean_d(var_d) + var_d(mu_d)`` (biased over devices), that of
+      the pooled data by the law of total variance.
+
+    A device that never trained takes part with its initial mean 0 and variance 1.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_devices: int,
+        *,
+        batch_statistics: str = "mean",
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_devices = num_devices
+        self.batch_statistics = batch_statistics
+        self.momentum = momentum
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(num_devices, channels))
+        self.register_buffer("running_var", torch.ones(num_devices, channels))
+
+    def aggregated_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance used for evaluation, both ``[C]``."""
+        mean = self.running_mean.mean(dim=0)
+        var = self.running_var.mean(dim=0)
+        if self.batch_statistics == "total":
+            var = var + self.running_mean.var(dim=0, correction=0)
+        return mean, var
+
+    def forward(self, x: Tensor, blocks: DeviceBlocks | None = None) -> Tensor:
+        """Normalise ``[B, C, H, W]``; ``blocks`` is needed in training and unused otherwise.
+
+        Raises:
+            ValueError: training without ``blocks``.
+        """
+        if not self.training:
+            mean, var = self.aggregated_statistics()
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if blocks is None:
+            raise ValueError(
+                "norm='batch' needs to know each sample's device in training, got blocks=None; "
+                "pass model(x, blocks) with blocks=((device_ids, per_device), ...), or "
+                "((None, per_device),) for all devices in order"
+            )
+        pieces = torch.split(x, [_num_samples(block, self.num_devices) for block in blocks])
+        outputs = [
+            self._normalise_block(piece, device_ids)
+            for piece, (device_ids, _) in zip(pieces, blocks, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _normalise_block(self, x: Tensor, device_ids: Tensor | None) -> Tensor:
+        if device_ids is None:
+            num_devices, mean, var = self.num_devices, self.running_mean, self.running_var
+        else:
+            num_devices = device_ids.shape[0]
+            mean = self.running_mean.index_select(0, device_ids)
+            var = self.running_var.index_select(0, device_ids)
+        # Sample-major order lets a view turn the devices into channels, and BatchNorm already
+        # keeps channels apart: one call, no loop over devices, no copy in the NCHW layout.
+        output = F.batch_norm(
+            x.contiguous().view(-1, num_devices * self.channels, *x.shape[2:]),
+            mean.view(-1),
+            var.view(-1),
+            self.weight.repeat(num_devices),
+            self.bias.repeat(num_devices),
+            True,
+            self.momentum,
+            self.eps,
+        ).view(x.shape)
+        if device_ids is not None:
+            self.running_mean.index_copy_(0, device_ids, mean)
+            self.running_var.index_copy_(0, device_ids, var)
+        if _is_channels_last_only(x):
+            # Otherwise the residual sum would mix layouts, slower than this copy.
+            output = output.contiguous(memory_format=torch.channels_last)
+        return output
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return (
+            f"{self.channels}, num_devices={self.num_devices}, "
+            f"batch_statistics={self.batch_statistics!r}"
+        )
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that stays in the activations' dtype under autocast.
+
+    Autocast would compute it in float32 and return float32, doubling the memory traffic of the
+    residual stream. The kernels accumulate their statistics in float32 for bfloat16 input anyway.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``[B, C, H, W]`` within each sample and group; keeps shape and dtype."""
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+def make_norm(
+    norm: str, channels: int, *, num_devices: int, num_groups: int, batch_statistics: str
+) -> nn.Module:
+    """Return the layer for ``[B, channels, H, W]``; every kind but "fixup" has one.
+
+    All are affine with eps 1e-5. "sync-batch" is one ``nn.BatchNorm2d`` over the whole fused
+    batch, as if devices exchanged their statistics in every layer.
+
+    Raises:
+        ValueError: ``norm`` names no layer.
+    """
+    if norm == "batch":
+        return DeviceBatchNorm2d(channels, num_devices, batch_statistics=batch_statistics)
+    if norm == "sync-batch":
+        return nn.BatchNorm2d(channels)
+    return GroupNorm(_groups(norm, channels, num_groups), channels)
+
+
+def normalise(layer: nn.Module, x: Tensor, blocks: DeviceBlocks | None) -> Tensor:
+    """Apply a layer from ``make_norm``, passing ``blocks`` to the one kind that uses them."""
+    output: Tensor = layer(x, blocks) if isinstance(layer, DeviceBatchNorm2d) else layer(x)
+    return output
+
+
+def is_per_sample(norm: str) -> bool:
+    """Tell whether ``norm`` is a layer that treats every sample on its own."""
+    return norm in ("group", "layer", "instance")
+
+
+def check_groups(norm: str, channels: Sequence[int], num_groups: int) -> None:
+    """Check that ``num_groups`` splits every layer evenly; only "group" has a choice to check.
+
+    Raises:
+        ValueError: ``num_groups`` does not divide one of ``channels``.
+    """
+    if norm != "group":
+        return
+    uneven = sorted({c for c in channels if num_groups < 1 or c % num_groups})
+    if uneven:
+        common = math.gcd(*channels)
+        accepted = [g for g in range(1, common + 1) if common % g == 0]
+        raise ValueError(
+            f"num_groups={num_groups} does not divide the layers with "
+            f"{', '.join(map(str, uneven))} channels; accepted here: "
+            f"{', '.join(map(str, accepted))}"
+        )
+
+
+def single_value_layer(
+    norm: str, layers: Sequence[tuple[int, int]], num_groups: int
+) -> tuple[int, int] | None:
+    """Find a layer that would normalise one value by itself, leaving a constant.
+
+    ``layers`` lists (channels, side of the square map in pixels). Returns the first such pair, or
+    None if all have two values or more to normalise over. Batch normalisation also depends on the
+    batch: ``check_blocks`` and ``check_batch`` look at it in the forward pass.
+    """
+    if is_per_sample(norm):
+        for channels, side in layers:
+            if channels // _groups(norm, channels, num_groups) * side * side == 1:
+                return channels, side
+    return None
+
+
+def check_batch(num_samples: int, side: int) -> None:
+    """Check that training BatchNorm on ``num_samples`` maps of ``side``² pixels has a variance.
+
+    Raises:
+        ValueError: there is a single value per channel.
+    """
+    if num_samples * side * side < 2:
+        raise ValueError(
+            f"batch normalisation needs at least 2 values per channel in training, got "
+            f"{num_samples} sample(s) in maps of {side}x{side} pixels; use 2 samples or more (per "
+            f"device for norm='batch'), or a larger image_size"
+        )
+
+
+def check_blocks(
+    blocks: DeviceBlocks, *, num_devices: int, batch_size: int, side: int
+) -> DeviceBlocks:
+    """Check a fused batch's blocks before any statistics change; return them.
+
+    Looks at sizes only: reading the ids would make the host wait for an accelerator. ``side`` is
+    that of the smallest map in pixels.
+
+    Raises:
+        ValueError: ids of the wrong shape, a block without samples, a batch of another size, or a
+            device with a single value per channel.
+    """
+    for device_ids, per_device in blocks:
+        if device_ids is not None and (device_ids.ndim != 1 or device_ids.dtype != torch.int64):
+            raise ValueError(
+                f"device_ids must be an int64 tensor [D_b] or None, got {device_ids.dtype} "
+                f"{list(device_ids.shape)}"
+            )
+        if per_device < 1:
+            raise ValueError(
+                f"per_device must be at least 1, got {per_device}; leave devices without samples "
+                f"out of the blocks"
+            )
+        check_batch(per_device, side)
+    counted = sum(_num_samples(block, num_devices) for block in blocks)
+    if counted != batch_size:
+        sizes = [
+            (num_devices if device_ids is None else device_ids.shape[0], per_device)
+            for device_ids, per_device in blocks
+        ]
+        raise ValueError(
+            f"blocks of (devices, per_device) {sizes} hold {counted} samples, but the batch has "
+            f"{batch_size}; every sample must lie in exactly one block"
+        )
+    return blocks
+
+
+def _groups(norm: str, channels: int, num_groups: int) -> int:
+    if norm == "group":
+        return num_groups
+    if norm == "layer":
+        return 1
+    if norm == "instance":
+        return channels
+    raise ValueError(f"norm={norm!r} has no layer; accepted: {', '.join(NORMS[:-1])}")
+
+
+def _num_samples(block: tuple[Tensor | None, int], num_devices: int) -> int:
+    device_ids, per_device = block
+    return (num_devices if device_ids is None else device_ids.shape[0]) * per_device
+
+
+def _is_channels_last_only(x: Tensor) -> bool:
+    # By strides: torch.func.vmap cannot answer is_contiguous(memory_format=channels_last).
+    return x.stride(1) == 1 and not x.is_contiguous()
