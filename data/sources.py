@@ -1,0 +1,609 @@
+"""Data sets as uint8 tensors: CIFAR-10, folders or zips of images, and scikit-learn's digits.
+
+CIFAR-10 and images are decoded once; a cache file of tensors, which later runs map into memory,
+stands in the cache folder. `split_train` holds out a fixed, stratified part for validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import platformdirs
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from torch import Tensor
+
+DATASETS = ("cifar10", "digits", "images")
+
+DATA_DIR_VARIABLE = "SWEEP_DATA_DIR"
+
+# Raised whenever decoding changes, so that files of older versions are not used.
+_CACHE_FORMAT = 1
+
+_CIFAR10_FOLDER = "cifar-10-batches-py"
+_CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+
+_DIGITS_SPLIT_SEED = 0
+_DIGITS_NOISE_SEED = 5
+# Room for noise on each side of the clean range, in standard deviations of the noise: about one
+# pixel in 150,000 lies outside.
+_DIGITS_NOISE_RANGE = 4.5
+
+Progress = Callable[[str], None]
+
+
+class DataError(Exception):
+    """A data set cannot be had; the message is one line that says what to do next."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+        name: one of `DATASETS`.
+        train_images: uint8 [N, C, H, W].
+        train_labels: int64 [N], indices into classes.
+        test_images: uint8 [M, C, H, W].
+        test_labels: int64 [M].
+        classes: names of the classes.
+        fingerprint: SHA-256 of images and labels in hexadecimal, equal on all machines.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    fingerprint: str
+
+
+def default_data_dir() -> Path:
+    """Return the folder for downloads and decoded data sets.
+
+    It is $SWEEP_DATA_DIR where that is set, else a folder in the user's cache folder.
+    """
+    chosen = os.environ.get(DATA_DIR_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(platformdirs.user_cache_dir("sweep")) / "datasets"
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    image_size: int = 32,
+    noise_std: float = 0.0,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Load a data set by name.
+
+    - "cifar10": the original, 32x32, downloaded by torchvision into data_dir (the default folder
+      if None) on first use.
+    - "images": data_dir is a folder or a zip with train/<class>/<image> and test/<class>/<image>,
+      alone in an enclosing folder or not. Images become RGB; those of another size are scaled
+      (bilinear, antialiased) until the shorter side is image_size, then cut to the central square.
+    - "digits": the 1,797 digits of 8x8 pixels within scikit-learn, one channel, split 75/25 by
+      class with seed 0. With noise_std s > 0, normal noise of s standard deviations of the
+      training pixels is added to all images, the same each time (generator seed 5, float64).
+      Grey levels 0 to 255 then stand for the clean range widened by 4.5 s on both sides.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: where the data set is, see above. "digits" does not need it.
+        image_size: side in pixels for "images".
+        noise_std: noise for "digits", in standard deviations of its pixels.
+        progress: called with one line of text at steps that take long.
+
+    Raises:
+        DataError: the data set is missing, broken or of another layout, or an argument is outside
+            what is accepted.
+    """
+    report = progress if progress is not None else _ignore
+    if name == "cifar10":
+        return _load_cifar10(data_dir if data_dir is not None else default_data_dir(), report)
+    if name == "digits":
+        return _load_digits(noise_std)
+    if name == "images":
+        return _load_images(data_dir, image_size, report)
+    accepted = ", ".join(repr(known) for known in DATASETS)
+    raise DataError(f"dataset is {name!r}: it must be one of {accepted}")
+
+
+def split_train(
+    labels: ArrayLike,
+    *,
+    num_images: int | None,
+    validation_fraction: float,
+    seed: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Choose training and validation images among a data set's training images.
+
+    First num_images are chosen, then a part of these is held out, both by class: each class has
+    its share of the images to within one.
+
+    Args:
+        labels: integer class of each image, [N].
+        num_images: images in both parts together, from the number of classes to N; None for all.
+        validation_fraction: part held out, from 0 up to but not including 1. Every class must
+            keep an image to train on.
+        seed: non-negative integer.
+
+    Returns:
+        Indices of training and of validation images, sorted, int64.
+
+    Raises:
+        ValueError: an argument is outside what is accepted.
+    """
+    values = np.asarray(labels)
+    if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels have shape {values.shape} and dtype {values.dtype}: "
+            "they must be a non-empty list of integers"
+        )
+    names, ranks, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    total = len(values) if num_images is None else num_images
+    if not len(names) <= total <= len(values):
+        raise ValueError(
+            f"num_images is {total}: it must be from {len(names)}, one per class, "
+            f"to {len(values)}, the number of training images"
+        )
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction is {validation_fraction}: it must be from 0 to below 1"
+        )
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: it must be 0 or more")
+
+    chosen = _apportion(total, sizes)
+    num_held_out = round(total * validation_fraction)
+    held_out = _apportion(num_held_out, chosen)
+    if (chosen == held_out).any():
+        left = int((chosen - held_out).argmin())
+        raise ValueError(
+            f"validation_fraction is {validation_fraction} of {total} images: class {names[left]} "
+            "would have no image to train on, so lower it or raise num_images"
+        )
+    if validation_fraction > 0 and num_held_out == 0:
+        raise ValueError(
+            f"validation_fraction is {validation_fraction} of {total} images: "
+            "that is less than one image, so raise it or set it to 0"
+        )
+    rng = np.random.default_rng(seed)
+    train, validation = [], []
+    for c in range(len(names)):
+        members = rng.permutation(np.flatnonzero(ranks == c))[: chosen[c]]
+        validation.append(members[: held_out[c]])
+        train.append(members[held_out[c] :])
+    return _sorted(train), _sorted(validation)
+
+
+def _sorted(parts: Sequence[NDArray[np.intp]]) -> NDArray[np.int64]:
+    return np.sort(np.concatenate(parts)).astype(np.int64)
+
+
+def _apportion(total: int, sizes: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Divide total in proportion to sizes, by largest remainders; ties go to the first."""
+    exact, remainder = np.divmod(total * sizes, sizes.sum())
+    first = np.argsort(-remainder, kind="stable")[: total - exact.sum()]
+    exact[first] += 1
+    return exact
+
+
+def _ignore(line: str) -> None:
+    pass
+
+
+# Cache files
+
+
+def _cached(source: dict[str, Any], report: Progress, decode: Callable[[], Dataset]) -> Dataset:
+    """Return the data set from its cache file, or decode it and write one.
+
+    Args:
+        source: everything that the result depends on, as JSON values. "name" is the data set's.
+        report: receives lines on what takes long.
+        decode: makes the data set.
+    """
+    source = {**source, "format": _CACHE_FORMAT}
+    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+    path = default_data_dir() / "decoded" / f"{source['name']}-{key[:24]}.pt"
+    found = _read_cache(path, source["name"])
+    if found is not None:
+        return found
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.with_suffix(".lock"))
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        report("waiting for another process that decodes the same data set")
+        lock.acquire()
+    except OSError as error:
+        report(f"decoding without a cache: {path.parent} cannot be written ({error})")
+        return decode()
+    try:
+        found = _read_cache(path, source["name"])
+        if found is not None:
+            return found
+        if path.exists():
+            report(f"discarding the broken cache file {path}")
+            path.unlink(missing_ok=True)
+        dataset = decode()
+        try:
+            _write_cache(path, dataset)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+            report(f"decoded, but {path} cannot be written ({error})")
+        return dataset
+    finally:
+        lock.release()
+
+
+def _write_cache(path: Path, dataset: Dataset) -> None:
+    content = {**vars(dataset), "classes": list(dataset.classes)}
+    temporary = path.with_suffix(".tmp")  # one writer at a time: the lock is held
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_cache(path: Path, name: str) -> Dataset | None:
+    """Return the data set in a cache file, or None if it is missing or broken."""
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        dataset = Dataset(**{**content, "classes": tuple(content["classes"])})
+        intact = dataset.name == name and dataset.fingerprint == _fingerprint(
+            dataset.train_images,
+            dataset.train_labels,
+            dataset.test_images,
+            dataset.test_labels,
+        )
+    except Exception:  # whatever damage makes the reader raise, decoding again repairs it
+        return None
+    return dataset if intact else None
+
+
+def _fingerprint(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        array = tensor.numpy()
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _dataset(
+    name: str,
+    train: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    test: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    classes: Sequence[str],
+) -> Dataset:
+    a, b, c, d = (torch.from_numpy(np.ascontiguousarray(array)) for array in (*train, *test))
+    return Dataset(name, a, b, c, d, tuple(classes), _fingerprint(a, b, c, d))
+
+
+# CIFAR-10
+
+
+def _load_cifar10(root: Path, report: Progress) -> Dataset:
+    if root.is_file():
+        raise DataError(
+            f"data_dir for cifar10 is the file {root}: it must be a folder, "
+            "or choose dataset 'images' for a zip of images"
+        )
+    folder = root / _CIFAR10_FOLDER
+    if not all((folder / name).is_file() for name in _CIFAR10_FILES):
+        _download_cifar10(root, report)
+    source = {
+        "name": "cifar10",
+        "path": str(folder.resolve()),
+        "files": [[name, *_stamp(folder / name)] for name in _CIFAR10_FILES],
+    }
+
+    def decode() -> Dataset:
+        report(f"decoding CIFAR-10 from {folder}")
+        try:
+            train, test = _open_cifar10(root, train=True), _open_cifar10(root, train=False)
+        except Exception:  # the pickles of a damaged download can raise anything
+            _download_cifar10(root, report)
+            train, test = _open_cifar10(root, train=True), _open_cifar10(root, train=False)
+        return _dataset("cifar10", _cifar10_part(train), _cifar10_part(test), train.classes)
+
+    return _cached(source, report, decode)
+
+
+def _open_cifar10(root: Path, *, train: bool) -> Any:
+    import torchvision
+
+    return torchvision.datasets.CIFAR10(str(root), train=train, download=False)
+
+
+def _cifar10_part(part: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    return part.data.transpose(0, 3, 1, 2), np.array(part.targets, dtype=np.int64)
+
+
+def _download_cifar10(root: Path, report: Progress) -> None:
+    """Download what is missing or broken; a half of a download is replaced, not trusted."""
+    import torchvision
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / f"{_CIFAR10_FOLDER}.lock"):
+            report(f"downloading CIFAR-10 (170 MB) to {root}")
+            torchvision.datasets.CIFAR10(str(root), train=True, download=True)
+    except Exception as error:  # network, archive, checksum and disk each raise their own
+        raise DataError(
+            f"CIFAR-10 is not in {root} and could not be downloaded ({_one_line(error)}): check "
+            f"the network and the disk, or point --data-dir at a folder with {_CIFAR10_FOLDER}/, "
+            "or choose dataset 'images' or 'digits'"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change, which stand for a file's content in cache keys."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+# Digits
+
+
+def _load_digits(noise_std: float) -> Dataset:
+    if not (0 <= noise_std < float("inf")):
+        raise DataError(f"noise_std is {noise_std}: it must be a finite number, 0 or more")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bundle = load_digits()
+    train, test, train_labels, test_labels = train_test_split(
+        bundle.images,
+        bundle.target,
+        test_size=0.25,
+        random_state=_DIGITS_SPLIT_SEED,
+        stratify=bundle.target,
+    )
+    # Pixels are whole numbers, 0 to 16. Their sums are exact, so that the last bit of std, and
+    # with it the rounding below, does not depend on the order of additions.
+    total, squares = int(train.sum()), int((train**2).sum())
+    std = math.sqrt(train.size * squares - total**2) / train.size
+    margin = _DIGITS_NOISE_RANGE * noise_std * std
+    # In float64, as PyTorch's float32 noise differs in the last bit between processors.
+    generator = torch.Generator().manual_seed(_DIGITS_NOISE_SEED)
+    parts = []
+    for images, labels in ((train, train_labels), (test, test_labels)):
+        noise = torch.randn(images.shape, generator=generator, dtype=torch.float64).numpy()
+        noisy = images + noise_std * std * noise
+        levels = np.rint((noisy + margin) / (16 + 2 * margin) * 255).clip(0, 255)
+        parts.append((levels.astype(np.uint8)[:, None], labels.astype(np.int64)))
+    return _dataset("digits", parts[0], parts[1], [str(c) for c in bundle.target_names])
+
+
+# Folders and zips of images
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The files of train/ or test/, ordered by class, then name."""
+
+    files: list[str]
+    labels: NDArray[np.int64]
+
+
+# Files by part ("train" or "test") and class; classes without files are there too.
+_Tree = dict[str, dict[str, list[str]]]
+
+
+def _load_images(data_dir: Path | None, image_size: int, report: Progress) -> Dataset:
+    if image_size < 1:
+        raise DataError(f"image_size is {image_size}: it must be at least 1 pixel")
+    if data_dir is None:
+        raise DataError(
+            "dataset 'images' needs --data-dir: a folder or .zip with train/<class>/<image> "
+            "and test/<class>/<image>"
+        )
+    if not data_dir.exists():
+        raise DataError(f"data_dir {data_dir} does not exist: give an existing folder or .zip")
+    try:
+        tree = _list_folder(data_dir) if data_dir.is_dir() else _list_zip(data_dir)
+        classes = _check_tree(data_dir, tree)
+        train, test = (_part(tree[name], classes) for name in ("train", "test"))
+        if data_dir.is_dir():
+            stamps = [[name, *_stamp(data_dir / name)] for name in train.files + test.files]
+        else:
+            stamps = [["", *_stamp(data_dir)]]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(
+            f"data_dir {data_dir} cannot be read ({_one_line(error)}): "
+            "give a readable folder or an intact .zip"
+        ) from error
+    source = {
+        "name": "images",
+        "path": str(data_dir.resolve()),
+        "files": stamps,
+        "image_size": image_size,
+    }
+
+    def decode() -> Dataset:
+        with _reader(data_dir) as read:
+            return _dataset(
+                "images",
+                (_decode(data_dir, train, read, image_size, "training", report), train.labels),
+                (_decode(data_dir, test, read, image_size, "test", report), test.labels),
+                classes,
+            )
+
+    return _cached(source, report, decode)
+
+
+def _list_folder(data_dir: Path) -> _Tree:
+    """List what is needed and no more: the folder may be a wrong one, with a whole disk in it."""
+    root = data_dir
+    if not any((root / part).is_dir() for part in ("train", "test")):
+        folders = [p for p in root.iterdir() if p.is_dir() and not _is_hidden(p.name)]
+        root = folders[0] if len(folders) == 1 else root
+    tree: _Tree = {"train": {}, "test": {}}
+    for part, classes in tree.items():
+        if not (root / part).is_dir():
+            continue
+        for folder in (root / part).iterdir():
+            if folder.is_dir() and not _is_hidden(folder.name):
+                paths = [path for path in folder.iterdir() if not _is_hidden(path.name)]
+                classes[folder.name] = sorted(p.relative_to(data_dir).as_posix() for p in paths)
+                for path in paths:
+                    if path.is_dir():
+                        raise _too_deep(data_dir, path.relative_to(data_dir).as_posix())
+    return tree
+
+
+def _list_zip(data_dir: Path) -> _Tree:
+    with zipfile.ZipFile(data_dir) as archive:
+        names = [i.filename for i in archive.infolist() if not _is_hidden(i.filename)]
+    top = {name.split("/")[0] for name in names if "/" in name}
+    prefix = f"{top.pop()}/" if len(top) == 1 and not top & {"train", "test"} else ""
+    tree: _Tree = {"train": {}, "test": {}}
+    for name in sorted(names):
+        part, *rest = name.removeprefix(prefix).split("/")
+        # A folder's own entry ends in a slash; a file right in train/ is no class.
+        if part not in tree or len(rest) < 2:
+            continue
+        files = tree[part].setdefault(rest[0], [])
+        if len(rest) > 2:
+            raise _too_deep(data_dir, name)
+        if rest[1]:
+            files.append(name)
+    return tree
+
+
+def _too_deep(data_dir: Path, name: str) -> DataError:
+    return DataError(
+        f"{data_dir} holds the folder {name}: images must stand right in the folder of their "
+        "class, as train/<class>/<image>"
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether it is one of the files that operating systems leave behind."""
+    parts = name.rstrip("/").split("/")
+    return parts[-1] in ("Thumbs.db", "desktop.ini") or any(
+        part.startswith(".") or part == "__MACOSX" for part in parts
+    )
+
+
+def _check_tree(data_dir: Path, tree: _Tree) -> list[str]:
+    """Return the sorted class names, the same in both parts, or raise DataError."""
+    for part, found in tree.items():
+        if not found:
+            raise DataError(
+                f"{data_dir} has no {part}/<class>/<image>: "
+                "it must hold train/<class>/<image> and test/<class>/<image>"
+            )
+    classes = sorted(tree["train"].keys() | tree["test"].keys())
+    for label in classes:
+        for part, found in tree.items():
+            if not found.get(label):
+                raise DataError(
+                    f"class {label!r} has no images in {part}/ of {data_dir}: "
+                    "train/ and test/ must hold images of the same classes"
+                )
+    return classes
+
+
+def _part(found: dict[str, list[str]], classes: Sequence[str]) -> _Part:
+    files = [name for label in classes for name in found[label]]
+    sizes = [len(found[label]) for label in classes]
+    return _Part(files, np.repeat(np.arange(len(classes), dtype=np.int64), sizes))
+
+
+@contextmanager
+def _reader(data_dir: Path) -> Iterator[Callable[[str], bytes]]:
+    """Give a function from path in the data set to content; threads may share it."""
+    if data_dir.is_dir():
+        yield lambda name: (data_dir / name).read_bytes()
+    else:
+        with zipfile.ZipFile(data_dir) as archive:
+            yield archive.read
+
+
+def _decode(
+    data_dir: Path,
+    part: _Part,
+    read: Callable[[str], bytes],
+    image_size: int,
+    what: str,
+    report: Progress,
+) -> NDArray[np.uint8]:
+    """Decode the files of a part in their order, uint8 [N, 3, image_size, image_size]."""
+    images = np.empty((len(part.files), 3, image_size, image_size), dtype=np.uint8)
+
+    def decode_from(start: int) -> None:
+        for i in range(start, min(start + chunk, len(part.files))):
+            try:
+                images[i] = _decode_image(read(part.files[i]), image_size)
+            except Exception as error:  # decoders raise many kinds on damaged files
+                raise DataError(
+                    f"{part.files[i]} in {data_dir} is not a readable image "
+                    f"({_one_line(error)}): replace or remove it"
+                ) from error
+
+    chunk = 256
+    starts = range(0, len(part.files), chunk)
+    step = max(1, len(starts) // 10)
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        try:
+            # Results come in order, so that of several broken files the first is named.
+            for done, _ in enumerate(pool.map(decode_from, starts), start=1):
+                if done % step == 0 or done == len(starts):
+                    count = min(done * chunk, len(part.files))
+                    report(f"decoded {count:,} of {len(part.files):,} {what} images")
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return images
+
+
+def _num_threads() -> int:
+    try:
+        available = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        available = os.cpu_count() or 1
+    return min(available, 16)
+
+
+def _decode_image(content: bytes, size: int) -> NDArray[np.uint8]:
+    """Decode one image into RGB, uint8 [3, size, size]."""
+    with Image.open(io.BytesIO(content)) as opened:
+        image = opened.convert("RGB")
+    if image.size != (size, size):
+        short = min(image.size)
+        width, height = (max(size, round(side * size / short)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
