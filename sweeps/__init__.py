@@ -1,0 +1,1 @@
+"""Sweep: hyperparameter sweeps for training without Batch Normalization on non-IID data."""

@@ -1,0 +1,290 @@
+"""`TrialConfig`: everything that decides what one training is.
+
+Each setting carries its description, its range and its unit, so that one place serves the
+parser, the error messages and the documentation. The names of data sets, models, norms and
+splits are repeated here because this module must answer in milliseconds; a test holds them
+equal to those of `data` and `models`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sweeps.errors import SpecError, nearest
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one field of `TrialConfig` accepts.
+
+    Attributes:
+        doc: one sentence for people.
+        kind: `int`, `float` or `str`.
+        choices: the accepted names of a `str`.
+        low, high: the accepted range of a number, ends included.
+        above: the number must be greater than this.
+        word: a word accepted in place of a number ("off", "all").
+        searchable: whether a sampler may suggest it. What decides how accuracy is measured
+            (the data set, the validation split, the number of epochs) may not differ between
+            the trials of a study.
+    """
+
+    doc: str
+    kind: type
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    word: str | None = None
+    searchable: bool = True
+
+    def accepted(self) -> str:
+        """Say in words what is accepted."""
+        if self.choices:
+            return " | ".join(repr(choice) for choice in self.choices)
+        number = "a whole number" if self.kind is int else "a number"
+        limits = []
+        if self.above > -math.inf:
+            limits.append(f"above {self.above:g}")
+        if self.low > -math.inf:
+            limits.append(f"from {self.low:g}")
+        if self.high < math.inf:
+            limits.append(f"to {self.high:g}")
+        word = f", or {self.word!r}" if self.word else ""
+        return " ".join([number, *limits]) + word
+
+    def check(self, name: str, value: object) -> Value:
+        """Return `value` in the setting's own type.
+
+        Raises:
+            SpecError: if it is of another type or outside the range.
+        """
+        problem = SpecError(f"{name} = {value!r} is not accepted; accepted: {self.accepted()}")
+        if self.word is not None and value == self.word:
+            return self.word
+        if self.kind is str:
+            if not isinstance(value, str) or (self.choices and value not in self.choices):
+                if isinstance(value, str):
+                    hint = nearest(value, self.choices)
+                    raise SpecError(f"{name} = {value!r} is not accepted; {hint}")
+                raise problem
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise problem
+        if self.kind is int and value != int(value):
+            raise problem
+        if not math.isfinite(value) or not self.low <= value <= self.high or value <= self.above:
+            raise problem
+        return int(value) if self.kind is int else float(value)
+
+
+def _setting(default: Value, doc: str, kind: type, **limits: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(doc, kind, **limits)})
+
+
+DATASETS = ("cifar10", "digits", "images")
+MODELS = ("resnet8", "resnet18", "resnet20")
+NORMS = ("batch", "sync-batch", "group", "layer", "instance", "fixup")
+SPLITS = ("iid", "classes", "dirichlet")
+ASSIGNMENTS = ("pairs", "ring")
+AUGMENTS = ("none", "crop", "crop-flip")
+ALGORITHMS = ("sync-sgd",)
+SCHEDULES = ("plateau", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """One training, fully described. Equal configs on equal hardware give equal numbers."""
+
+    dataset: str = _setting(
+        "cifar10", "Where the images come from.", str, choices=DATASETS, searchable=False
+    )
+    image_size: int = _setting(
+        32, "Pixels a side that `images` are brought to.", int, low=4, high=512, searchable=False
+    )
+    noise_std: float = _setting(
+        0.0,
+        "Fixed noise on `digits`, in standard deviations of their pixels: makes them hard "
+        "enough to tell settings apart.",
+        float,
+        low=0.0,
+        high=1.5,
+        searchable=False,
+    )
+    num_train_images: int | str = _setting(
+        "all",
+        "Images of the training set that are used, a stratified subset.",
+        int,
+        low=20,
+        word="all",
+        searchable=False,
+    )
+    validation: str = _setting(
+        "holdout",
+        "What scores a trial: `holdout`, images held out of training, or `test`, the test "
+        "images, as the post does: a search that selects on them reports a biased accuracy.",
+        str,
+        choices=("holdout", "test"),
+        searchable=False,
+    )
+    validation_fraction: float = _setting(
+        0.1, "Share of the training images that is held out.", float, above=0, high=0.5,
+        searchable=False,
+    )  # fmt: skip
+    split_seed: int = _setting(
+        0, "Seed of the held-out split and of the devices' shares.", int, low=0, searchable=False
+    )
+    augment: str = _setting(
+        "crop-flip", "Random crop of the padded image, random horizontal flip.", str,
+        choices=AUGMENTS,
+    )  # fmt: skip
+    crop_padding: int = _setting(4, "Zero pixels a side before the crop.", int, low=1, high=64)
+
+    model: str = _setting("resnet18", "The network.", str, choices=MODELS)
+    width_factor: float = _setting(
+        1.0, "Scales every layer's channels (ResNet-18 has 64 to 512).", float, above=0, high=8
+    )
+    norm: str = _setting(
+        "group",
+        "Normalization: `batch` has statistics of each device's own, `sync-batch` one over "
+        "all devices; `fixup` has none.",
+        str,
+        choices=NORMS,
+    )
+    num_groups: int = _setting(32, "Groups of Group Normalization.", int, low=1)
+    batch_statistics: str = _setting(
+        "mean",
+        "How the devices' running variances become one for evaluation: their mean, or the "
+        "total, which adds the variance between the devices' means.",
+        str,
+        choices=("mean", "total"),
+    )
+
+    num_devices: int = _setting(10, "Simulated devices (D).", int, low=1, high=1000)
+    split: str = _setting("classes", "How the images are divided.", str, choices=SPLITS)
+    classes_per_device: int = _setting(2, "Classes that a device holds (`classes`).", int, low=1)
+    assignment: str = _setting(
+        "pairs",
+        "Which classes (`classes`): `pairs`, sets that are equal or disjoint; `ring`, device "
+        "d holds the classes d, d+1 and so on.",
+        str,
+        choices=ASSIGNMENTS,
+    )
+    alpha: float = _setting(
+        0.5, "Concentration of the Dirichlet split; smaller is more skewed.", float, above=0
+    )
+    min_images_per_device: int = _setting(
+        10, "Fewest images of a device in the Dirichlet split.", int, low=1
+    )
+
+    algorithm: str = _setting(
+        "sync-sgd", "What the devices do together in a round.", str, choices=ALGORITHMS
+    )
+    global_batch_size: int = _setting(
+        320, "Images of one update, over all devices (B).", int, low=1
+    )
+    epochs: int = _setting(100, "Passes over the training images.", int, low=1, searchable=False)
+    peak_lr: float = _setting(0.1, "Learning rate after the warmup.", float, above=0)
+    warmup_start_factor: float = _setting(
+        0.1, "Learning rate of the first update, as a share of `peak_lr`.", float, above=0, high=1
+    )
+    warmup_epochs: float = _setting(0.0, "Length of the linear warmup; 0 is none.", float, low=0)
+    schedule: str = _setting("plateau", "What follows the warmup.", str, choices=SCHEDULES)
+    plateau_factor: float = _setting(
+        0.1, "The learning rate is multiplied by this on a plateau.", float, above=0, high=0.99
+    )
+    plateau_patience: int = _setting(
+        10, "Epochs without a better validation accuracy that make a plateau.", int, low=0
+    )
+    plateau_threshold: float = _setting(
+        1e-4, "Relative gain in validation accuracy that counts as better.", float, low=0
+    )
+    momentum: float = _setting(0.9, "Momentum of SGD.", float, low=0, high=0.9999)
+    weight_decay: float = _setting(5e-4, "L2 penalty of SGD.", float, low=0)
+    weight_decay_on: str = _setting(
+        "all",
+        "`weights` spares Fixup's scalars, the norms' scales and biases and the classifier's bias.",
+        str,
+        choices=("all", "weights"),
+    )
+    scalar_lr_factor: float = _setting(
+        1.0,
+        "Learning rate of Fixup's scalars (of norms: scales and biases), as a share of the "
+        "weights'. Fixup's authors use 0.1 at batch 128.",
+        float,
+        above=0,
+    )
+    clip_grad_norm: float | str = _setting(
+        "off", "Largest norm of the whole gradient; a longer one is scaled down.", float, above=0,
+        word="off",
+    )  # fmt: skip
+    precision: str = _setting(
+        "auto",
+        "`auto` is bfloat16 autocast where a GPU has it and float32 elsewhere.",
+        str,
+        choices=("auto", "float32", "bfloat16"),
+    )
+    seed: int = _setting(
+        0, "Seed of the weights, the order of the images and their augmentation.", int, low=0,
+        searchable=False,
+    )  # fmt: skip
+
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        """Every field's `Setting`, in the order of declaration."""
+        return {f.name: f.metadata["setting"] for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def build(cls, values: Mapping[str, object], *, where: str = "[train]") -> TrialConfig:
+        """Check `values` one by one and together, and make a config of them.
+
+        Args:
+            values: fields by name; those left out keep their defaults.
+            where: what to call the place they came from in an error message.
+
+        Raises:
+            SpecError: for an unknown name, a value out of range, or values that contradict
+                each other.
+        """
+        settings = cls.settings()
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in settings:
+                raise SpecError(f"{where} has no key {name!r}; {nearest(name, settings)}")
+            checked[name] = settings[name].check(name, value)
+        config = cls(**checked)
+        config._check_together()
+        return config
+
+    def _check_together(self) -> None:
+        if self.warmup_epochs > self.epochs:
+            raise SpecError(
+                f"warmup_epochs = {self.warmup_epochs:g} is longer than the training; accepted: "
+                f"up to epochs = {self.epochs}"
+            )
+        fewest = 2 * self.num_devices if self.norm == "batch" else self.num_devices
+        if self.global_batch_size < fewest:
+            why = (
+                "two images a device, since each takes statistics of its own (norm = 'batch')"
+                if self.norm == "batch"
+                else "one image a device"
+            )
+            raise SpecError(
+                f"global_batch_size = {self.global_batch_size} is too small for num_devices = "
+                f"{self.num_devices}; accepted: from {fewest}, {why}"
+            )
+        if self.noise_std and self.dataset != "digits":
+            raise SpecError(
+                f"noise_std = {self.noise_std:g} has no meaning for dataset = {self.dataset!r}; "
+                "it belongs to dataset = 'digits'"
+            )
+
+    def as_dict(self) -> dict[str, Value]:
+        """The fields as a plain dictionary that JSON can hold."""
+        return dataclasses.asdict(self)

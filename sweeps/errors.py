@@ -1,0 +1,38 @@
+"""The errors that a user can cause or mend.
+
+Everything below `sweeps.cli` raises; `sweeps.cli` alone prints and exits.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SweepError(Exception):
+    """Something failed that a user can act on. One line: what, value received, what to do.
+
+    Exits with status 1.
+    """
+
+
+class SpecError(SweepError):
+    """A sweep's description, or an option given with it, is wrong. Exits with status 2."""
+
+
+def nearest(name: str, accepted: Iterable[str]) -> str:
+    """Say which accepted name was probably meant, and list the accepted ones.
+
+    Args:
+        name: the name that was not understood.
+        accepted: every name that would have been.
+
+    Returns:
+        A clause that completes an error message, without a leading space.
+    """
+    names = sorted(accepted)
+    if not names:
+        return "nothing is accepted here"
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"{meant}accepted: {', '.join(names)}"

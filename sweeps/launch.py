@@ -1,0 +1,140 @@
+"""Where workers run: processes on this machine, each pinned to its device and threads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+MAX_RESTARTS = 3
+"""How often a worker that was killed is started again."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one worker.
+
+    Attributes:
+        device: PyTorch's name, such as `cuda:0` or `cpu`.
+        threads: CPU threads of its own.
+    """
+
+    device: str
+    threads: int
+
+
+def plan_slots(workers: int | None) -> list[Slot]:
+    """Divide this machine among workers.
+
+    Args:
+        workers: how many; None is one for each GPU, or without one, one for every two cores.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    gpus = torch.cuda.device_count()
+    count = workers or gpus or max(1, cores // 2)
+    devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(count)]
+    return [Slot(device, max(1, cores // count)) for device in devices]
+
+
+class LocalWorkers:
+    """Worker processes of this machine; use as a context, so that none outlives it.
+
+    Args:
+        slots: one process each.
+        command: arguments of the `sweep` command for a worker, without its slot's.
+        say: receives what workers print, line by line, from threads of this object's.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], command: Sequence[str], say: Callable[[str], None]
+    ) -> None:
+        self._slots = list(slots)
+        self._command = list(command)
+        self._say = say
+        self._processes: list[subprocess.Popen[str]] = []
+        self._readers: list[threading.Thread] = []
+        self._restarts = [0] * len(self._slots)
+        self._stopping = False
+
+    def __enter__(self) -> LocalWorkers:
+        self._processes = [self._start(index) for index in range(len(self._slots))]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        for process in self._processes:
+            process.wait()
+        for reader in self._readers:
+            reader.join()
+
+    def poll(self) -> list[int] | None:
+        """Restart workers that were killed; when all have ended, return their exit codes."""
+        for index, process in enumerate(self._processes):
+            code = process.poll()
+            if code is None or code >= 0 or self._stopping:
+                continue
+            if self._restarts[index] < MAX_RESTARTS:
+                self._restarts[index] += 1
+                name = signal.Signals(-code).name
+                self._say(
+                    f"worker {index} was ended by {name}; its trial goes back to the queue and "
+                    "the worker starts again"
+                )
+                self._processes[index] = self._start(index)
+        codes = [process.poll() for process in self._processes]
+        return None if None in codes else [code for code in codes if code is not None]
+
+    def stop(self) -> None:
+        """Ask every worker to end after its running update."""
+        self._stopping = True
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End every worker at once."""
+        self._stopping = True
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+
+    def _start(self, index: int) -> subprocess.Popen[str]:
+        slot = self._slots[index]
+        threads = str(slot.threads)
+        # -P: a folder called `data` or `models` in the current directory is not ours.
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "sweeps.cli", *self._command),
+                *("--device", slot.device, "--threads", threads, "--child"),
+            ],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": threads,
+                "MKL_NUM_THREADS": threads,
+                # cuBLAS gives equal sums every time only with a workspace of fixed size.
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            },
+            # Its end tells the worker that this process is gone.
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # Ctrl-C reaches this process alone, which passes it on.
+            start_new_session=True,
+        )
+        reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+        reader.start()
+        self._readers.append(reader)
+        return process
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._say(line.rstrip("\n"))

@@ -1,0 +1,349 @@
+"""One trial: from its config to splits, model and training, epoch by epoch.
+
+The objective knows no database. Its caller hands it the place of a checkpoint and a function
+that hears of every epoch, and may end the trial by raising from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batches import DeviceBatches, channel_statistics, normalise
+from data.sources import Dataset, load_dataset, split_train
+from data.splits import split_devices
+from models import build_model, parameter_groups
+from storage.checkpoints import CheckpointStore
+from sweeps.config import TrialConfig, Value
+from sweeps.training.loop import EpochResult, Training, evaluate
+from sweeps.training.rounds import SGDSettings, SynchronousSGD
+from sweeps.training.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 1000
+"""Images scored at once: large enough to fill a GPU, small enough for a CPU's cache."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One epoch of a trial, as its caller hears of it.
+
+    Attributes:
+        step: completed epochs of the trial over all its seeds, from 1.
+        score: what the pruner compares: validation accuracy (0 to 1), averaged with the final
+            accuracies of the seeds before. Trials at the same step are averages of equally many.
+        seed: the training's own seed.
+        result: the epoch.
+        resumed: whether the epoch was trained by an earlier attempt.
+    """
+
+    step: int
+    score: float
+    seed: int
+    result: EpochResult
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What trials with the same data settings share."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    shards: list[np.ndarray]
+    mean: list[float]
+    std: list[float]
+    val_images: list[Tensor]
+    val_labels: Tensor
+    guess_loss: float
+
+
+class Objective:
+    """Trains configs on one device; loads its data set once.
+
+    Args:
+        dataset: decoded images.
+        device: where to train.
+    """
+
+    def __init__(self, dataset: Dataset, device: torch.device) -> None:
+        self._dataset = dataset
+        self._device = device
+        self._prepared: tuple[object, _Prepared] | None = None
+
+    def run(
+        self,
+        config: TrialConfig,
+        *,
+        seeds: int,
+        on_epoch: Callable[[Progress], None],
+        should_stop: Callable[[], bool] = lambda: False,
+        checkpoints: CheckpointStore | None = None,
+        key: str = "",
+    ) -> float:
+        """Train a config to its end, once for each seed, one after the other.
+
+        Args:
+            config: what to train; its `seed` is the first.
+            seeds: how many trainings.
+            on_epoch: hears of every epoch in order. After a resume it hears again of those that
+                earlier attempts completed, marked as resumed. What it raises ends the trial.
+            should_stop: asked between two updates.
+            checkpoints: where each completed epoch is kept; None keeps nothing.
+            key: the checkpoint's name.
+
+        Returns:
+            The final epoch's validation accuracy, 0 to 1, averaged over seeds.
+
+        Raises:
+            Diverged: a seed's training did.
+            Interrupted: `should_stop` said so; the checkpoint has all completed epochs.
+        """
+        state = self._load(config, checkpoints, key)
+        finished: list[list[EpochResult]] = [
+            [EpochResult(**r) for r in history] for history in state["finished"]
+        ]
+        for index, history in enumerate(finished):
+            for result in history:
+                on_epoch(self._progress(config, finished[:index], result, resumed=True))
+        for index in range(len(finished), seeds):
+            training = self._training(config, config.seed + index, should_stop)
+            if state["training"] is not None:
+                training.load_state_dict(state["training"])
+                state["training"] = None
+            for result in training.history:
+                on_epoch(self._progress(config, finished, result, resumed=True))
+            for result in training.run():
+                if checkpoints is not None:
+                    kept = {
+                        "config": config.as_dict(),
+                        "finished": [[vars(r) for r in history] for history in finished],
+                        "training": training.state_dict(),
+                    }
+                    checkpoints.save(key, kept)
+                on_epoch(self._progress(config, finished, result))
+            finished.append(training.history)
+        return sum(history[-1].val_accuracy for history in finished) / len(finished)
+
+    def _progress(
+        self,
+        config: TrialConfig,
+        finished: list[list[EpochResult]],
+        result: EpochResult,
+        *,
+        resumed: bool = False,
+    ) -> Progress:
+        accuracies = [h[-1].val_accuracy for h in finished] + [result.val_accuracy]
+        return Progress(
+            step=len(finished) * config.epochs + result.epoch,
+            score=sum(accuracies) / len(accuracies),
+            seed=config.seed + len(finished),
+            result=result,
+            resumed=resumed,
+        )
+
+    def _load(
+        self, config: TrialConfig, checkpoints: CheckpointStore | None, key: str
+    ) -> dict[str, Any]:
+        fresh: dict[str, Any] = {"finished": [], "training": None}
+        state = checkpoints.load(key) if checkpoints is not None else None
+        if state is None:
+            return fresh
+        if state.get("config") != config.as_dict():
+            logger.warning("the checkpoint of %s is of another config; starting anew", key)
+            return fresh
+        return state
+
+    def _training(
+        self, config: TrialConfig, seed: int, should_stop: Callable[[], bool]
+    ) -> Training:
+        prepared = self._prepare(config)
+        memory_format = _memory_format(config, self._device)
+        channels, image_size = prepared.train_images.shape[1:3]
+        model = build_model(
+            config.model,
+            norm=config.norm,
+            num_classes=len(self._dataset.classes),
+            in_channels=channels,
+            image_size=image_size,
+            num_devices=config.num_devices,
+            width_factor=config.width_factor,
+            num_groups=config.num_groups,
+            batch_statistics=config.batch_statistics,
+            seed=seed,
+        )
+        model = model.to(self._device).to(memory_format=memory_format)
+        model.train()
+        batches = DeviceBatches(
+            prepared.train_images,
+            prepared.train_labels,
+            prepared.shards,
+            global_batch_size=config.global_batch_size,
+            seed=seed,
+            augment=config.augment,
+            crop_padding=config.crop_padding,
+            device=self._device,
+            channels_last=memory_format is torch.channels_last,
+            mean=prepared.mean,
+            std=prepared.std,
+        )
+        settings = SGDSettings(
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay_scalars=config.weight_decay_on == "all",
+            scalar_lr_factor=config.scalar_lr_factor,
+            clip_grad_norm=None
+            if isinstance(config.clip_grad_norm, str)
+            else config.clip_grad_norm,
+        )
+        dtype = _autocast_dtype(config, self._device)
+        algorithm = SynchronousSGD(model, parameter_groups(model), settings, autocast_dtype=dtype)
+        updates = batches.updates_per_epoch
+        schedule = Schedule(
+            peak_lr=config.peak_lr,
+            warmup_start_factor=config.warmup_start_factor,
+            warmup_updates=round(config.warmup_epochs * updates),
+            total_updates=config.epochs * updates,
+            kind=config.schedule,
+            plateau_factor=config.plateau_factor,
+            plateau_patience=config.plateau_patience,
+            plateau_threshold=config.plateau_threshold,
+        )
+        return Training(
+            algorithm=algorithm,
+            batches=batches,
+            evaluate=lambda: evaluate(
+                model, prepared.val_images, prepared.val_labels, autocast_dtype=dtype
+            ),
+            schedule=schedule,
+            epochs=config.epochs,
+            guess_loss=prepared.guess_loss,
+            should_stop=should_stop,
+        )
+
+    def _prepare(self, config: TrialConfig) -> _Prepared:
+        identity = (
+            config.num_train_images, config.validation, config.validation_fraction,
+            config.split_seed, config.split, config.num_devices, config.classes_per_device,
+            config.assignment, config.alpha, config.min_images_per_device,
+            _memory_format(config, self._device),
+        )  # fmt: skip
+        if self._prepared is None or self._prepared[0] != identity:
+            self._prepared = (identity, self._prepare_anew(config))
+        return self._prepared[1]
+
+    def _prepare_anew(self, config: TrialConfig) -> _Prepared:
+        source = self._dataset
+        labels = source.train_labels.numpy()
+        train, held_out = split_train(
+            labels,
+            num_images=None
+            if isinstance(config.num_train_images, str)
+            else config.num_train_images,
+            validation_fraction=config.validation_fraction
+            if config.validation == "holdout"
+            else 0.0,
+            seed=config.split_seed,
+        )
+        shards = split_devices(
+            config.split,
+            labels[train],
+            config.num_devices,
+            seed=config.split_seed,
+            classes_per_device=config.classes_per_device,
+            assignment=config.assignment,
+            alpha=config.alpha,
+            min_images_per_device=config.min_images_per_device,
+        )
+        train_images = source.train_images[torch.from_numpy(train)]
+        mean, std = channel_statistics(train_images)
+        if config.validation == "holdout":
+            kept = torch.from_numpy(held_out)
+            val_images, val_labels = source.train_images[kept], source.train_labels[kept]
+        else:
+            val_images, val_labels = source.test_images, source.test_labels
+        channels_last = _memory_format(config, self._device) is torch.channels_last
+        batches = [
+            normalise(batch.to(self._device), mean, std, channels_last=channels_last)
+            for batch in val_images.split(EVALUATION_BATCH)
+        ]
+        shares = np.bincount(labels[train]) / len(train)
+        return _Prepared(
+            train_images=train_images.to(self._device),
+            train_labels=source.train_labels[torch.from_numpy(train)].to(self._device),
+            shards=shards,
+            mean=mean,
+            std=std,
+            val_images=batches,
+            val_labels=val_labels.to(self._device),
+            guess_loss=-sum(float(p) * math.log(p) for p in shares if p > 0),
+        )
+
+
+def open_dataset(
+    config: TrialConfig, data_dir: Path | None, progress: Callable[[str], None] | None = None
+) -> Dataset:
+    """Load the data set that a config names.
+
+    Raises:
+        DataError: if it is missing or broken, saying what to do.
+    """
+    return load_dataset(
+        config.dataset,
+        data_dir=data_dir,
+        image_size=config.image_size,
+        noise_std=config.noise_std,
+        progress=progress,
+    )
+
+
+def dataset_identity(config: TrialConfig) -> tuple[Value, ...]:
+    """What `open_dataset` depends on: equal identities are equal data sets."""
+    return (config.dataset, config.image_size, config.noise_std)
+
+
+def check(config: TrialConfig, dataset: Dataset) -> None:
+    """Divide the data and build the model of a config, so that a contradiction shows early.
+
+    Raises:
+        ValueError: as the splits and the models raise it.
+    """
+    objective = Objective(dataset, torch.device("cpu"))
+    objective._training(config, config.seed, lambda: False)
+
+
+def prepare_process(device: torch.device, threads: int) -> None:
+    """Set PyTorch up for a worker process: its threads, and the same numbers every time."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def _memory_format(config: TrialConfig, device: torch.device) -> torch.memory_format:
+    # On CPUs PyTorch's Group Normalization is slower on channels-last tensors, which narrow
+    # networks do not win back in their convolutions.
+    grouped = config.norm in ("group", "layer", "instance")
+    narrow = config.model != "resnet18" or config.width_factor < 1
+    if device.type == "cpu" and grouped and narrow:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _autocast_dtype(config: TrialConfig, device: torch.device) -> torch.dtype | None:
+    if config.precision == "float32":
+        return None
+    if config.precision == "bfloat16":
+        return torch.bfloat16
+    # CPUs without bfloat16 units emulate it, tens of times slower.
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None

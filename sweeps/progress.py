@@ -1,0 +1,190 @@
+"""A running sweep on a terminal, or as plain lines where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sweeps.config import Value
+from sweeps.status import StudyStatus, SweepStatus, TrialStatus
+
+
+class View(Protocol):
+    """Shows a sweep's state as it changes."""
+
+    def __enter__(self) -> View: ...
+    def __exit__(self, *_: object) -> None: ...
+    def update(self, status: SweepStatus) -> None: ...  # noqa: D102
+    def say(self, line: str) -> None: ...  # noqa: D102
+
+
+def open_view(console: Console) -> View:
+    """A live view on a terminal, plain lines elsewhere."""
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+class PlainView:
+    """One line for each trial that ended."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seen: set[tuple[str, int]] | None = None
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def update(self, status: SweepStatus) -> None:
+        """Print what has ended since the last update; what had ended before the first is old."""
+        ended = {
+            (study.name, trial.number): (study, trial)
+            for study in status.studies
+            for trial in study.trials
+            if trial.outcome not in ("running", "queued")
+        }
+        if self._seen is None:
+            self._seen = set(ended)
+        finished = sum(study.finished for study in status.studies)
+        total = sum(study.budget for study in status.studies)
+        for key in [key for key in ended if key not in self._seen]:
+            self._seen.add(key)
+            study, trial = ended[key]
+            self.say(f"[{finished}/{total}] {study.name} {describe(trial)}")
+
+    def say(self, line: str) -> None:
+        """Print one line, whole."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class LiveView:
+    """Studies, running trials and time left, redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("trials", total=None)
+        self._started = False
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    def update(self, status: SweepStatus) -> None:
+        """Redraw."""
+        total = sum(study.budget for study in status.studies)
+        finished = sum(study.finished for study in status.studies)
+        running = [t for s in status.studies for t in s.trials if t.outcome == "running"]
+        done = finished + sum(min(1.0, t.step / status.steps_per_trial) for t in running)
+        if not self._started:
+            # What earlier runs did must not count into this run's speed.
+            self._bar.reset(self._task, total=total, completed=0)
+            self._started, self._before = True, done
+            self._bar.update(self._task, total=total - done)
+        self._bar.update(
+            self._task,
+            completed=max(0.0, done - self._before),
+            description=f"{finished} of {total} trials",
+        )
+        self._live.update(
+            Group(
+                Text(f"{status.name}: {status.question}", style="bold"),
+                study_table(status),
+                _running_table(status),
+                self._bar,
+                Text("Ctrl-C stops and keeps everything; start again to go on.", style="dim"),
+            )
+        )
+
+    def say(self, line: str) -> None:
+        """Print one line above the view."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe(trial: TrialStatus) -> str:
+    """A trial in one line: number, outcome, accuracy, settings."""
+    parts = [f"#{trial.number}", trial.outcome]
+    if trial.accuracy is not None:
+        parts.append(f"{trial.accuracy:.4f}")
+    if trial.label:
+        parts.append(f"“{trial.label}”")
+    parts.append(describe_params(trial.params))
+    if trial.reason:
+        parts.append(f"({trial.reason})")
+    if trial.seconds is not None:
+        parts.append(f"{trial.seconds:.1f} s")
+    return "  ".join(part for part in parts if part)
+
+
+def describe_params(params: Mapping[str, Value]) -> str:
+    """Settings as `name=value`, numbers to four digits."""
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in params.items()
+    )
+
+
+def study_table(status: SweepStatus) -> Table:
+    """Each study's trials by outcome and its best so far."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("study", overflow="fold")
+    for column in ("done", "complete", "pruned", "diverged", "failed", "running", "best"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("settings of the best", overflow="fold", ratio=1)
+    for study in status.studies:
+        table.add_row(*_study_row(status, study))
+    return table
+
+
+def _study_row(status: SweepStatus, study: StudyStatus) -> list[str]:
+    best = study.best
+    counts = [
+        str(study.count(outcome))
+        for outcome in ("complete", "pruned", "diverged", "failed", "running")
+    ]
+    return [
+        study.name.removeprefix(f"{status.name}/"),
+        f"{study.finished}/{study.budget}",
+        *counts,
+        f"{best.accuracy:.4f}" if best and best.accuracy is not None else "–",
+        describe_params(best.params) if best else "",
+    ]
+
+
+def _running_table(status: SweepStatus) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("worker", "study", "trial"):
+        table.add_column(column, no_wrap=True)
+    for column in ("epoch", "accuracy", "images/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for study in status.studies:
+        for trial in study.trials:
+            if trial.outcome == "running":
+                table.add_row(
+                    trial.worker,
+                    study.name.removeprefix(f"{status.name}/"),
+                    f"#{trial.number}",
+                    f"{trial.step}/{status.steps_per_trial}",
+                    f"{trial.accuracy:.4f}" if trial.accuracy is not None else "–",
+                    f"{trial.images_per_second:,.0f}" if trial.images_per_second else "–",
+                )
+    return table

@@ -1,0 +1,142 @@
+"""From a spec to suggestions: distributions, sampler, pruner, and their seeds.
+
+A suggestion depends on the spec's seed, the study and the trial's number (and on the finished
+trials that the sampler learns from), not on which worker asked or how often it restarted:
+every claim builds a fresh sampler with a seed of its own. Workers that share one sampler seed
+would suggest the same settings to each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sweeps.config import TrialConfig, Value
+from sweeps.errors import SpecError, nearest
+from sweeps.spec import Range, SweepSpec
+
+if TYPE_CHECKING:
+    from optuna import Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+# GridSampler, BruteForceSampler and PartialFixedSampler end or wrap a study from within
+# `tell`, which an exact budget does not allow; [each] enumerates instead.
+SAMPLERS = ("TPESampler", "RandomSampler", "QMCSampler", "GPSampler")
+PRUNERS = (
+    "MedianPruner",
+    "PercentilePruner",
+    "SuccessiveHalvingPruner",
+    "HyperbandPruner",
+    "PatientPruner",
+    "ThresholdPruner",
+    "NopPruner",
+)
+
+
+def distributions(space: Mapping[str, Range]) -> dict[str, BaseDistribution]:
+    """Optuna's distribution of each searched setting, by name, in the spec's order."""
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    settings = TrialConfig.settings()
+    found: dict[str, BaseDistribution] = {}
+    for name, r in space.items():
+        if r.choices:
+            found[name] = CategoricalDistribution(r.choices)
+            continue
+        assert r.low is not None
+        assert r.high is not None
+        if settings[name].kind is int:
+            found[name] = IntDistribution(int(r.low), int(r.high), log=r.log, step=int(r.step or 1))
+        else:
+            found[name] = FloatDistribution(r.low, r.high, log=r.log, step=r.step)
+    return found
+
+
+def suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Value]:
+    """Ask for every searched setting of a trial, all of them before its first report.
+
+    A parameter that was suggested before, in an earlier attempt of the same trial, keeps its
+    value.
+    """
+    params: dict[str, Value] = {}
+    for name, distribution in distributions(space).items():
+        params[name] = trial._suggest(name, distribution)
+    return params
+
+
+def trial_seed(seed: int, study_name: str, number: int) -> int:
+    """The sampler's seed for one trial: 32 bits of SHA-256 over its identity."""
+    digest = hashlib.sha256(f"{seed}:{study_name}:{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def build_sampler(spec: SweepSpec, study_name: str, number: int) -> BaseSampler:
+    """The sampler that suggests trial `number` of a study.
+
+    Raises:
+        SpecError: if `[sampler]` names no sampler that is offered, or unknown arguments.
+    """
+    import optuna
+
+    arguments = {k: v for k, v in spec.sampler.items() if k != "type"}
+    arguments["seed"] = trial_seed(spec.sampler["seed"], study_name, number)
+    built: BaseSampler = _build(
+        optuna.samplers, "sampler", spec.sampler["type"], SAMPLERS, arguments
+    )
+    return built
+
+
+def build_pruner(spec: SweepSpec) -> BasePruner:
+    """The pruner of every study of a sweep.
+
+    Raises:
+        SpecError: if `[pruner]` names no pruner that is offered, or unknown arguments.
+    """
+    import optuna
+
+    arguments = {k: v for k, v in spec.pruner.items() if k != "type"}
+    kind = spec.pruner["type"]
+    if kind in ("SuccessiveHalvingPruner", "HyperbandPruner"):
+        # Their "auto" is worked out by each process for itself and differs between workers.
+        arguments.setdefault("min_resource", 1)
+        if kind == "HyperbandPruner":
+            arguments.setdefault("max_resource", spec.train.get("epochs", TrialConfig.epochs))
+    if kind == "PatientPruner":
+        arguments.setdefault("wrapped_pruner", None)
+    built: BasePruner = _build(optuna.pruners, "pruner", kind, PRUNERS, arguments)
+    return built
+
+
+def check(spec: SweepSpec) -> None:
+    """Build sampler and pruner once, so that a mistake in them shows before anything runs.
+
+    Raises:
+        SpecError: as `build_sampler` and `build_pruner` do.
+    """
+    build_sampler(spec, spec.name, 0)
+    build_pruner(spec)
+
+
+def _build(
+    module: Any, section: str, kind: str, accepted: tuple[str, ...], arguments: dict[str, Any]
+) -> Any:
+    if kind not in accepted:
+        raise SpecError(f"[{section}] type = {kind!r} is not offered; {nearest(kind, accepted)}")
+    constructor = getattr(module, kind)
+    known = [p for p in inspect.signature(constructor.__init__).parameters if p != "self"]
+    for name in arguments:
+        if name not in known and not (section == "sampler" and name == "seed"):
+            raise SpecError(f"[{section}] has no key {name!r}; {nearest(name, known)}")
+    try:
+        return constructor(**arguments)
+    except (ImportError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError(f"[{section}] {kind} refuses its arguments: {reason}") from error

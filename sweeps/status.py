@@ -1,0 +1,181 @@
+"""What a sweep has come to, read from the store: the one source of every view and table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sweeps.config import Value
+from sweeps.studies import LABEL, StoredSweep, SweepStudy
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+OUTCOME = "outcome"
+REASON = "reason"
+SECONDS = "seconds"
+CURVES = "sweep:curves"
+PROVENANCE = "sweep:provenance"
+
+OUTCOMES = ("complete", "pruned", "diverged", "failed")
+"""How a trial can end. Optuna knows a diverged trial as PRUNED, so that the sampler learns
+from it, and a failed one as FAIL."""
+
+
+@dataclass(frozen=True)
+class TrialStatus:
+    """One trial.
+
+    Attributes:
+        number: Optuna's, within the study.
+        outcome: one of `OUTCOMES`, "running" or "queued".
+        label: which `[[try]]` it is, or "".
+        params: the searched settings.
+        accuracy: validation accuracy, 0 to 1: the value of a complete trial, the latest score
+            of any other; None before the first epoch.
+        step: completed epochs, over all seeds.
+        reason: why it diverged or failed, or "".
+        seconds: time that its finished attempt took, or None.
+        images_per_second: of the latest epoch, or None.
+        worker: who runs it, or "".
+    """
+
+    number: int
+    outcome: str
+    label: str
+    params: Mapping[str, Value]
+    accuracy: float | None
+    step: int
+    reason: str
+    seconds: float | None
+    images_per_second: float | None
+    worker: str
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """One study: its budget and its trials.
+
+    Attributes:
+        queued: trials that the budget still holds and nobody runs.
+        trials: all that have begun or are enqueued, within the budget.
+    """
+
+    name: str
+    cell: Mapping[str, Value]
+    budget: int
+    trials: Sequence[TrialStatus]
+
+    def count(self, outcome: str) -> int:
+        """How many trials have this outcome; "queued" counts those not yet created too."""
+        if outcome == "queued":
+            return self.budget - sum(t.outcome != "queued" for t in self.trials)
+        return sum(t.outcome == outcome for t in self.trials)
+
+    @property
+    def finished(self) -> int:
+        """Trials that have ended."""
+        return sum(self.count(outcome) for outcome in OUTCOMES)
+
+    @property
+    def best(self) -> TrialStatus | None:
+        """The complete trial with the highest accuracy; the earliest of equals."""
+        complete = [t for t in self.trials if t.outcome == "complete"]
+        return max(complete, key=lambda t: (t.accuracy, -t.number), default=None)
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """A sweep: what it asks and how far its studies are."""
+
+    name: str
+    title: str
+    question: str
+    validation: str
+    steps_per_trial: int
+    studies: Sequence[StudyStatus]
+
+    @property
+    def done(self) -> bool:
+        """Whether every study has met its budget."""
+        return all(study.finished >= study.budget for study in self.studies)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`: counts by outcome, budget, best value and parameters of each study."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "question": self.question,
+            "validation": self.validation,
+            "done": self.done,
+            "studies": [
+                {
+                    "name": study.name,
+                    "cell": dict(study.cell),
+                    "budget": study.budget,
+                    "counts": {
+                        outcome: study.count(outcome)
+                        for outcome in (*OUTCOMES, "running", "queued")
+                    },
+                    "best": dataclasses.asdict(study.best) if study.best else None,
+                    "tries": [dataclasses.asdict(t) for t in study.trials if t.label],
+                }
+                for study in self.studies
+            ],
+        }
+
+
+def read_status(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
+    """Read a sweep's state; writes nothing and takes no lock."""
+    spec = sweep.spec
+    configs = [spec.config(cell, spec.lowest_params()) for cell in spec.cells]
+    return SweepStatus(
+        name=spec.name,
+        title=spec.title,
+        question=spec.question,
+        validation=configs[0].validation,
+        steps_per_trial=max(config.epochs for config in configs) * spec.budget.seeds,
+        studies=[_read_study(store, study) for study in sweep.studies],
+    )
+
+
+def _read_study(store: BaseStorage, study: SweepStudy) -> StudyStatus:
+    trials = store.get_all_trials(study.study_id, deepcopy=False)
+    return StudyStatus(
+        name=study.name,
+        cell=study.cell,
+        budget=study.budget,
+        trials=[_read_trial(t) for t in trials if t.number < study.budget],
+    )
+
+
+def _read_trial(trial: FrozenTrial) -> TrialStatus:
+    from storage.trials import LEASE_ATTR
+
+    state = trial.state.name
+    ended = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    outcome = {"WAITING": "queued", "RUNNING": "running"}.get(state) or trial.user_attrs.get(
+        OUTCOME, ended.get(state, state)
+    )
+    last = trial.last_step
+    accuracy = trial.intermediate_values[last] if last is not None else None
+    if state == "COMPLETE":
+        accuracy = trial.value
+    curves = trial.system_attrs.get(CURVES, {}).get("images_per_second") or [None]
+    params = trial.params or trial.system_attrs.get("fixed_params", {})
+    lease = trial.system_attrs.get(LEASE_ATTR) or {}
+    return TrialStatus(
+        number=trial.number,
+        outcome=outcome,
+        label=trial.user_attrs.get(LABEL, ""),
+        params=params,
+        accuracy=accuracy,
+        step=last or 0,
+        reason=trial.user_attrs.get(REASON, ""),
+        seconds=trial.user_attrs.get(SECONDS),
+        images_per_second=curves[-1],
+        worker=lease.get("worker", "") if outcome == "running" else "",
+    )

@@ -1,0 +1,100 @@
+"""The learning rate of each update: linear warmup, then plateau, cosine or constant.
+
+Warmup is Goyal et al. 2017 (arXiv 1706.02677), section 2.2, counted in updates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+
+class Schedule:
+    """Learning rate as a function of the update, with explicit state.
+
+    With W warmup updates out of T, update u (from 0) gets
+
+    - `peak_lr * (s + (1 - s) * u / W)` for u < W, where s is the start factor: the first
+      update has `s * peak_lr` and update W the peak;
+    - afterwards, times what the plateau rule has left of it (`plateau`),
+      `(1 + cos(pi * (u - W) / (T - W))) / 2` (`cosine`, Loshchilov & Hutter 2017,
+      arXiv 1608.03983, without restarts), or 1 (`constant`).
+
+    The plateau rule is PyTorch's `ReduceLROnPlateau` on the validation accuracy, consulted at
+    the end of each epoch that began after the warmup.
+    """
+
+    def __init__(
+        self,
+        *,
+        peak_lr: float,
+        warmup_start_factor: float,
+        warmup_updates: int,
+        total_updates: int,
+        kind: str,
+        plateau_factor: float = 0.1,
+        plateau_patience: int = 10,
+        plateau_threshold: float = 1e-4,
+    ) -> None:
+        if kind not in ("plateau", "cosine", "constant"):
+            raise ValueError(
+                f"schedule {kind!r} is unknown; accepted: 'plateau', 'cosine', 'constant'"
+            )
+        self.peak_lr = peak_lr
+        self.warmup_start_factor = warmup_start_factor
+        self.warmup_updates = warmup_updates
+        self.total_updates = total_updates
+        self.kind = kind
+        # The scheduler scales the rate of a stand-in optimizer from 1.
+        self._scale = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        self._plateau = ReduceLROnPlateau(
+            self._scale,
+            mode="max",
+            factor=plateau_factor,
+            patience=plateau_patience,
+            threshold=plateau_threshold,
+        )
+
+    def lr(self, update: int) -> float:
+        """Learning rate of update `update`, counted from 0 over the whole training."""
+        if update < self.warmup_updates:
+            start = self.warmup_start_factor
+            return self.peak_lr * (start + (1 - start) * update / self.warmup_updates)
+        if self.kind == "plateau":
+            return self.peak_lr * float(self._scale.param_groups[0]["lr"])
+        if self.kind == "cosine":
+            rest = max(1, self.total_updates - self.warmup_updates)
+            return (
+                self.peak_lr * (1 + math.cos(math.pi * (update - self.warmup_updates) / rest)) / 2
+            )
+        return self.peak_lr
+
+    def end_epoch(self, first_update: int, val_accuracy: float) -> None:
+        """Tell the plateau rule how an epoch ended.
+
+        Args:
+            first_update: the epoch's first update; one before the warmup's end does not count.
+            val_accuracy: 0 to 1.
+        """
+        if self.kind == "plateau" and first_update >= self.warmup_updates:
+            self._plateau.step(val_accuracy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `end_epoch` has changed, as plain values."""
+        plateau = self._plateau
+        return {
+            "scale": self._scale.param_groups[0]["lr"],
+            "best": plateau.best,
+            "num_bad_epochs": plateau.num_bad_epochs,
+            "last_epoch": plateau.last_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._scale.param_groups[0]["lr"] = state["scale"]
+        self._plateau.best = state["best"]
+        self._plateau.num_bad_epochs = state["num_bad_epochs"]
+        self._plateau.last_epoch = state["last_epoch"]
