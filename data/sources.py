@@ -30,6 +30,7 @@ from torch import Tensor
 DATASETS = ("cifar10", "digits", "images")
 
 DATA_DIR_VARIABLE = "SWEEP_DATA_DIR"
+CACHE_DIR_VARIABLE = "SWEEP_CACHE_DIR"
 
 # Raised whenever decoding changes, so that files of older versions are not used.
 _CACHE_FORMAT = 1
@@ -73,15 +74,22 @@ class Dataset:
     fingerprint: str
 
 
-def default_data_dir() -> Path:
-    """Return the folder for downloads and decoded data sets.
+def cache_dir() -> Path:
+    """Return the folder that decoded data sets are kept in.
 
-    It is $SWEEP_DATA_DIR where that is set, else a folder in the user's cache folder.
+    It is $SWEEP_CACHE_DIR where that is set, else the user's cache folder.
+    """
+    chosen = os.environ.get(CACHE_DIR_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("sweep"))
+
+
+def default_data_dir() -> Path:
+    """Return the folder for downloads.
+
+    It is $SWEEP_DATA_DIR where that is set, else a folder in the cache.
     """
     chosen = os.environ.get(DATA_DIR_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(platformdirs.user_cache_dir("sweep")) / "datasets"
+    return Path(chosen).expanduser() if chosen else cache_dir() / "datasets"
 
 
 def load_dataset(
@@ -223,7 +231,7 @@ def _cached(source: dict[str, Any], report: Progress, decode: Callable[[], Datas
     """
     source = {**source, "format": _CACHE_FORMAT}
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
-    path = default_data_dir() / "decoded" / f"{source['name']}-{key[:24]}.pt"
+    path = cache_dir() / "decoded" / f"{source['name']}-{key[:24]}.pt"
     found = _read_cache(path, source["name"])
     if found is not None:
         return found

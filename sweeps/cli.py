@@ -76,9 +76,10 @@ def start(
     data_dir: DataDir = None,
 ) -> None:
     """Run a sweep, or go on with it: create its studies, launch workers, show the answer."""
+    spec = _load(sweep, storage_url, quick, overrides, name)
+    # After the spec, so that a mistake in it shows before PyTorch has loaded.
     from sweeps.run import run_sweep
 
-    spec = _load(sweep, storage_url, quick, overrides, name)
     again = ["sweep", *sys.argv[1:]]
     code = run_sweep(
         spec, storage_url, data_dir=data_dir, workers=workers, again=shlex.join(again),

@@ -108,7 +108,7 @@ def build_pruner(spec: SweepSpec) -> BasePruner:
         # Their "auto" is worked out by each process for itself and differs between workers.
         arguments.setdefault("min_resource", 1)
         if kind == "HyperbandPruner":
-            arguments.setdefault("max_resource", spec.train.get("epochs", TrialConfig.epochs))
+            arguments.setdefault("max_resource", _longest(spec))
     if kind == "PatientPruner":
         arguments.setdefault("wrapped_pruner", None)
     built: BasePruner = _build(optuna.pruners, "pruner", kind, PRUNERS, arguments)
@@ -123,6 +123,12 @@ def check(spec: SweepSpec) -> None:
     """
     build_sampler(spec, spec.name, 0)
     build_pruner(spec)
+
+
+def _longest(spec: SweepSpec) -> int:
+    """Epochs of a trial that is not pruned, over all its seeds."""
+    epochs = [spec.config(cell, spec.lowest_params()).epochs for cell in spec.cells]
+    return max(epochs) * spec.budget.seeds
 
 
 def _build(

@@ -241,6 +241,8 @@ def load(
     table.pop("quick", None)
     for text in overrides:
         _override(table, text)
+    if any(text.lstrip().startswith("each") for text in overrides):
+        _drop_tries_without_study(table)
     return SweepSpec.from_table(table, name=rename or found)
 
 
@@ -576,6 +578,21 @@ def _override(table: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict):
             raise SpecError(f"--set {text!r}: {part!r} is not a table here")
     node[parts[-1]] = value
+
+
+def _drop_tries_without_study(table: dict[str, Any]) -> None:
+    """Leave out the tries of studies that `--set each…` took away."""
+    cells = _parse_each(table.get("each", {}))
+
+    def applies(entry: Any) -> bool:
+        when = entry.get("when", {}) if isinstance(entry, dict) else {}
+        if not isinstance(when, dict) or any(name not in cells[0] for name in when):
+            return True
+        wanted = {k: v if isinstance(v, list) else [v] for k, v in when.items()}
+        return any(all(cell[k] in values for k, values in wanted.items()) for cell in cells)
+
+    if isinstance(table.get("try"), list):
+        table["try"] = [entry for entry in table["try"] if applies(entry)]
 
 
 def _refuse_enumerated(table: Mapping[str, Any], key: str) -> None:

@@ -27,7 +27,8 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from storage.checkpoints import CheckpointStore
+from data.sources import DataError
+from storage.checkpoints import CheckpointError, CheckpointStore
 from storage.trials import Claim, LeaseLostError, TrialQueue, with_retries
 from sweeps import search
 from sweeps.config import TrialConfig, Value
@@ -143,7 +144,9 @@ class Worker:
             while not done.wait(self._options.lease_seconds / 4):
                 try:
                     self._queue.renew(claim)
-                except LeaseLostError:
+                except Exception as error:
+                    if not isinstance(error, LeaseLostError):
+                        logger.error("cannot renew the lease: %s", _first_line(error))
                     lost.set()
                     return
 
@@ -186,7 +189,8 @@ class Worker:
             if not lost.is_set():
                 self._queue.release(claim)
             return
-        except SweepError:
+        except (SweepError, DataError, CheckpointError):
+            # Not the trial's fault: no other would fare better here.
             self._queue.release(claim)
             raise
         except Exception as error:

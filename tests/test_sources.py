@@ -30,6 +30,7 @@ from data.sources import DataError, Dataset, load_dataset, split_train
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
+    monkeypatch.setenv(sources.CACHE_DIR_VARIABLE, str(folder))
     monkeypatch.setenv(sources.DATA_DIR_VARIABLE, str(folder))
     return folder
 
@@ -340,10 +341,15 @@ def test_of_four_processes_one_decodes(tree: Path, cache_dir: Path) -> None:
     assert len(cache_files(cache_dir)) == 1
 
 
-def test_default_data_dir(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
-    assert sources.default_data_dir() == cache_dir
+def test_default_folders(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
     monkeypatch.delenv(sources.DATA_DIR_VARIABLE)
-    default = sources.default_data_dir()
+    assert sources.cache_dir() == cache_dir
+    assert sources.default_data_dir() == cache_dir / "datasets"
+    monkeypatch.setenv(sources.DATA_DIR_VARIABLE, "/elsewhere")
+    assert sources.default_data_dir() == Path("/elsewhere")
+    assert sources.cache_dir() == cache_dir
+    monkeypatch.delenv(sources.CACHE_DIR_VARIABLE)
+    default = sources.cache_dir()
     assert default.is_absolute()
     assert "sweep" in default.parts
 

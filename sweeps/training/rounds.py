@@ -113,7 +113,7 @@ class SynchronousSGD:
             enabled=self._autocast_dtype is not None,
         ):
             logits = self._model(batch.images, batch.blocks)
-            loss = F.cross_entropy(logits.float(), batch.labels)
+            loss = F.cross_entropy(logits, batch.labels)
         loss.backward()
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)

@@ -1,0 +1,208 @@
+"""Training states on disk: saved atomically, loaded without running code from the file.
+
+A checkpoint is a plain ``torch.save`` file under its final name only when it is complete: it is
+written to a temporary file in the same folder, flushed to the disk and then renamed. Whoever
+kills the process, and whenever, leaves the previous checkpoint or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import re
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from storage.engine import sqlite_path
+
+_logger = logging.getLogger(__name__)
+
+# File systems allow 255 bytes; the temporary file's name is the longest.
+_MAX_STEM = 180
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, read or removed; the message is one line."""
+
+
+def default_checkpoint_dir(url: str) -> Path:
+    """Return where the checkpoints of the storage at ``url`` belong.
+
+    ``FILE.checkpoints`` beside a SQLite database, so that the two move together; for a database
+    server a folder of this user, one for each database.
+    """
+    file = sqlite_path(url)
+    if file is not None:
+        return file.with_name(file.name + ".checkpoints")
+    from platformdirs import user_data_path
+
+    # The account is not part of the name: two users of one database mean the same studies.
+    place = re.sub(r"//[^/]*@", "//", url)
+    name = hashlib.sha256(place.encode()).hexdigest()[:16]
+    return user_data_path("sweep", appauthor=False) / "checkpoints" / name
+
+
+class CheckpointStore:
+    """The checkpoints in one folder, by key.
+
+    A key is any text, such as a study name and a trial number; keys never leave the folder. One
+    process writes a key at a time: a second one (a worker that was frozen and lost its trial)
+    may get a :class:`CheckpointError`, or put back an older state, but never a broken file.
+
+    Args:
+        root: the folder; created by the first save.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def path(self, key: str) -> Path:
+        """Return the file that holds ``key``, which need not exist.
+
+        Raises:
+            ValueError: the key is empty.
+        """
+        return self.root / _file_name(key)
+
+    def save(self, key: str, state: dict[str, Any]) -> None:
+        """Store ``state``, replacing what the key held.
+
+        Args:
+            key: see the class.
+            state: tensors, numbers, text, and lists and dicts of them: what
+                ``torch.load(weights_only=True)`` accepts.
+
+        Raises:
+            CheckpointError: the disk is full or the folder not writable; the previous checkpoint
+                is intact.
+        """
+        import torch
+
+        path = self.path(key)
+        # In memory first: PyTorch's own file writer aborts the process on some write errors.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._remove_temporaries(path.name)
+            try:
+                with temporary.open("xb") as stream:
+                    stream.write(buffer.getbuffer())
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            self._sync_folder()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save checkpoint {path} ({error.strerror or error}); "
+                "free some space or choose another checkpoint folder"
+            ) from error
+
+    def load(self, key: str) -> dict[str, Any] | None:
+        """Return the state of ``key`` with its tensors on the CPU, or None if there is none.
+
+        A damaged file, found by the checksums in it, counts as none: it is removed, with a
+        warning in the log, so that the trial starts over.
+
+        Raises:
+            CheckpointError: the file exists but cannot be read, e.g. for lack of permission.
+        """
+        import torch
+
+        path = self.path(key)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read checkpoint {path} ({error.strerror or error})"
+            ) from error
+        try:
+            # torch.load does not verify the checksums that torch.save writes.
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"checksum of {damaged} is wrong")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"holds a {type(state).__name__}, not a dict")
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _logger.warning("removed damaged checkpoint %s: %s", path, reason)
+            self.delete(key)
+            return None
+        return state
+
+    def delete(self, key: str) -> None:
+        """Remove the checkpoint of ``key`` and what a killed save may have left of it.
+
+        Raises:
+            CheckpointError: the file cannot be removed.
+        """
+        path = self.path(key)
+        try:
+            path.unlink(missing_ok=True)
+            self._remove_temporaries(path.name)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot remove checkpoint {path} ({error.strerror or error})"
+            ) from error
+
+    def disk_usage(self) -> int:
+        """Return the bytes that all files in the folder hold."""
+        total = 0
+        for entry in self._entries():
+            try:
+                total += entry.stat(follow_symlinks=False).st_size
+            except FileNotFoundError:
+                continue
+        return total
+
+    def _entries(self) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(self.root) as entries:
+                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+
+    def _remove_temporaries(self, name: str) -> None:
+        leftover = re.compile(re.escape(f".{name}.") + "[0-9a-f]{16}\\.tmp")
+        for entry in self._entries():
+            if leftover.fullmatch(entry.name):
+                Path(entry.path).unlink(missing_ok=True)
+
+    def _sync_folder(self) -> None:
+        if os.name != "posix":
+            return
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _file_name(key: str) -> str:
+    if not key:
+        raise ValueError("a checkpoint key must not be empty")
+    # Percent signs are escaped as well, so different keys have different names. A leading dot
+    # is for temporary files.
+    stem = quote(key, safe="=+,@ ")
+    if stem.startswith("."):
+        stem = "%2E" + stem[1:]
+    if len(stem) > _MAX_STEM:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        # "%%" stands in no escaped key.
+        stem = f"{stem[: _MAX_STEM - 34]}%%{digest}"
+    return f"{stem}.pt"

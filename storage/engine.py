@@ -1,0 +1,364 @@
+"""A storage URL becomes an Optuna storage that many worker processes may use at once.
+
+Optuna's own SQLite storage is not safe for that: its transactions start as readers, so two
+workers can both find a trial waiting and both run it, and processes that create the same new
+file crash each other. :func:`open_storage` creates a file under a lock beside it, turns on
+write-ahead logging, and starts every transaction of a worker as a writer (``BEGIN IMMEDIATE``),
+which makes each of Optuna's operations atomic. One machine owns a SQLite file at a time, on a
+local disk; for workers on several machines use PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage, RDBStorage
+    from sqlalchemy.engine import URL, Connection, Engine
+
+LOCK_TIMEOUT_SECONDS = 60.0
+"""How long one SQLite operation waits for other processes before it fails as "locked"."""
+
+READ_ONLY_OPTION = "sweep_read_only"
+"""Connection execution option: this transaction reads, so it must not take the write lock."""
+
+_CREATE_ATTEMPTS = 12
+
+
+class StorageError(Exception):
+    """A storage that cannot be used as asked; the message is one line and says what to do."""
+
+
+def sqlite_path(url: str) -> Path | None:
+    """Return the absolute path of the database file behind a SQLite URL.
+
+    Returns None for any other URL, for an in-memory database and for text that is no URL.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return None
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
+        return None
+    return Path(parsed.database).absolute()
+
+
+def open_storage(url: str, *, read_only: bool = False) -> BaseStorage:
+    """Open the storage at ``url``, creating the database if it does not exist yet.
+
+    Safe to call from any number of processes at once, also for a database that does not exist.
+
+    Args:
+        url: ``sqlite:///file.db``, ``postgresql+psycopg://user@host/name``, another SQLAlchemy
+            URL that Optuna supports, or ``grpc://host:port`` for an Optuna gRPC proxy.
+        read_only: for status displays. Never creates anything; on SQLite it never takes the
+            write lock either, so it cannot hold up a worker nor be held up by one.
+
+    Raises:
+        StorageError: the URL is not usable, the database is missing (``read_only``), is locked
+            for longer than :data:`LOCK_TIMEOUT_SECONDS`, belongs to another program or to
+            another version of Optuna, or its driver is not installed.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if "://" not in url:
+        path = Path(url).expanduser().absolute()
+        raise StorageError(f"{url!r} is not a storage URL; for a file write sqlite:///{path}")
+    if url.startswith("grpc://"):
+        return _open_grpc(url)
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise StorageError(
+            f"{url!r} is not a storage URL; expected sqlite:///FILE or postgresql+psycopg://…"
+        ) from error
+    if parsed.get_backend_name() != "sqlite":
+        return _open_server(parsed, read_only=read_only)
+    file = sqlite_path(url)
+    if file is None:
+        raise StorageError(
+            f"{url!r} is not a database file, and workers are processes that could not share "
+            "an in-memory database; write sqlite:///FILE"
+        )
+    return _open_sqlite_read_only(file) if read_only else _open_sqlite(file, parsed)
+
+
+def sql_engine(storage: BaseStorage) -> Engine:
+    """Return the SQLAlchemy engine under an Optuna storage.
+
+    Raises:
+        StorageError: the storage is not a database of our own (a gRPC proxy, a journal,
+            in-memory). This is the one place that says so.
+    """
+    from optuna.storages import RDBStorage
+
+    backend = getattr(storage, "_backend", storage)
+    if not isinstance(backend, RDBStorage):
+        raise StorageError(
+            f"workers cannot claim trials through {type(backend).__name__}; "
+            "give them the URL of the database itself (sqlite:/// or postgresql+psycopg://)"
+        )
+    return backend.engine
+
+
+# --- SQLite -------------------------------------------------------------------------------------
+
+
+def _open_sqlite(file: Path, url: URL) -> BaseStorage:
+    from filelock import FileLock, Timeout
+    from optuna.storages import get_storage
+    from sqlalchemy import event
+
+    _check_file(file)
+    lock_file = file.with_name(file.name + ".lock")
+    try:
+        with FileLock(lock_file, timeout=LOCK_TIMEOUT_SECONDS):
+            _prepare_file(file)
+            storage = _rdb_storage(
+                url.set(database=str(file)).render_as_string(hide_password=False),
+                {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS, "isolation_level": None}},
+                place=str(file),
+            )
+    except Timeout as error:
+        raise StorageError(
+            f"{lock_file} has been held by another process for {LOCK_TIMEOUT_SECONDS:.0f} s; "
+            "find the process that hangs while it opens this database"
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot write in {file.parent} ({error.strerror or error}); "
+            "choose a folder that you may write to"
+        ) from error
+    event.listen(storage.engine, "connect", _set_synchronous)
+    event.listen(storage.engine, "begin", _begin)
+    # The pooled connection from construction has not seen the events.
+    storage.engine.dispose()
+    return get_storage(storage)
+
+
+def _open_sqlite_read_only(file: Path) -> BaseStorage:
+    from optuna.storages import get_storage
+    from sqlalchemy import event
+    from sqlalchemy.engine import URL
+
+    if not file.is_file():
+        _check_file(file)
+        raise StorageError(f"{file} does not exist; check the path, or start a sweep there first")
+    _check_file(file)
+    uri = f"file:{quote(str(file))}"
+    try:
+        with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as connection:
+            names = _table_names(connection)
+    except sqlite3.Error as error:
+        _refuse_other_formats(file, error)
+        raise StorageError(
+            f"cannot read {file} ({error}); copy it to a folder of your own"
+        ) from error
+    _check_tables(file, names)
+    if "alembic_version" not in names:
+        raise StorageError(f"{file} holds no sweep yet; start one there first")
+    url = URL.create("sqlite", database=uri, query={"mode": "ro", "uri": "true"})
+    storage = _rdb_storage(
+        url.render_as_string(),
+        {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS, "isolation_level": None}},
+        place=str(file),
+        create=False,
+    )
+    event.listen(storage.engine, "begin", _begin_reading)
+    storage.engine.dispose()
+    return get_storage(storage)
+
+
+def _check_file(file: Path) -> None:
+    if file.is_dir():
+        raise StorageError(f"{file} is a folder; name a database file in it, such as sweep.db")
+    if not file.parent.is_dir():
+        raise StorageError(f"the folder {file.parent} does not exist; create it first")
+    # The file's content is SQLite's to read: closing a descriptor of our own would drop the
+    # locks that this process holds on the file through SQLite, and another process, believing
+    # itself alone, would then delete the write-ahead log under us.
+    if file.exists() and not os.access(file, os.R_OK):
+        raise StorageError(f"cannot read {file} (permission denied)")
+
+
+def _refuse_other_formats(file: Path, error: sqlite3.Error) -> None:
+    if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+        raise StorageError(f"{file} is not a SQLite database; name another file") from error
+
+
+def _check_tables(file: Path, names: set[str]) -> None:
+    if names and "studies" not in names:
+        raise StorageError(f"{file} is the database of another program; name another file")
+
+
+def _table_names(connection: sqlite3.Connection) -> set[str]:
+    rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    return {str(name) for (name,) in rows}
+
+
+def _prepare_file(file: Path) -> None:
+    """Make the file a writable WAL database that holds all of Optuna's tables, or none."""
+    try:
+        with closing(
+            sqlite3.connect(file, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
+        ) as connection:
+            _check_tables(file, _table_names(connection))
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+            complete = "version_info" in _table_names(connection)
+    except sqlite3.Error as error:
+        _refuse_other_formats(file, error)
+        advice = (
+            "another process holds it; wait or find that process"
+            if "locked" in str(error)
+            else "choose a folder that you may write to"
+        )
+        raise StorageError(f"cannot write to {file} ({error}); {advice}") from error
+    if mode != "wal":
+        raise StorageError(f"{file} cannot be shared by processes there; put it on a local disk")
+    if not complete:
+        _create_tables(file)
+
+
+def _create_tables(file: Path) -> None:
+    # Optuna commits table by table. A process killed half-way would leave a table without its
+    # unique index, which no later start would add: so all tables come in one transaction.
+    from optuna.storages._rdb.models import BaseModel
+    from sqlalchemy import create_engine, event
+    from sqlalchemy.engine import URL
+
+    engine = create_engine(
+        URL.create("sqlite", database=str(file)),
+        connect_args={"timeout": LOCK_TIMEOUT_SECONDS, "isolation_level": None},
+    )
+    event.listen(engine, "begin", _begin)
+    try:
+        with engine.begin() as connection:
+            BaseModel.metadata.create_all(connection)
+    finally:
+        engine.dispose()
+
+
+def _set_synchronous(connection: sqlite3.Connection, record: object) -> None:
+    # In WAL mode NORMAL cannot corrupt the file; only a power cut can lose the last commits.
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _begin(connection: Connection) -> None:
+    reads = connection.get_execution_options().get(READ_ONLY_OPTION)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _begin_reading(connection: Connection) -> None:
+    # One snapshot for all queries of a read, so that no trial is seen half-written.
+    connection.exec_driver_sql("BEGIN")
+
+
+# --- database servers ---------------------------------------------------------------------------
+
+
+def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
+    from optuna.storages import get_storage
+
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if read_only and url.get_backend_name() == "postgresql":
+        options["execution_options"] = {"postgresql_readonly": True}
+    text = url.render_as_string(hide_password=False)
+    place = url.render_as_string(hide_password=True)
+    return get_storage(_rdb_storage(text, options, place=place, create=not read_only))
+
+
+def _rdb_storage(
+    url: str, options: dict[str, Any], *, place: str, create: bool = True
+) -> RDBStorage:
+    """Construct Optuna's storage; ``place`` names it in messages (no password)."""
+    from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import DBAPIError, NoSuchModuleError
+
+    # Optuna takes the URL for a format string.
+    template = url.replace("{", "{{").replace("}", "}}")
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return RDBStorage(template, engine_kwargs=options, skip_table_creation=not create)
+        except (ImportError, NoSuchModuleError) as error:
+            raise StorageError(_missing_driver(url)) from error
+        except (DBAPIError, StorageInternalError, AssertionError) as error:
+            # Two processes that create the same tables at once: one of them gets "already
+            # exists" or a unique violation, and finds everything in place on its next try.
+            if create and attempt < _CREATE_ATTEMPTS and _lost_creation_race(error):
+                time.sleep(random.uniform(0.5, 1.0) * min(0.05 * 2**attempt, 2.0))
+                continue
+            raise StorageError(_cannot_open(place, error, create=create)) from error
+        except RuntimeError as error:
+            # Optuna's refusal of a foreign schema version, which names the upgrade command.
+            advice = " ".join(str(error).split()).replace("$STORAGE_URL", repr(place))
+            raise StorageError(f"{place}: {advice}") from error
+
+
+def _lost_creation_race(error: BaseException) -> bool:
+    from sqlalchemy.exc import IntegrityError
+
+    cause = error.__cause__ if error.__cause__ is not None else error
+    text = f"{error} {cause}".lower()
+    words = ("already exists", "duplicate", "unique", "deadlock", "concurrent")
+    return (
+        isinstance(error, IntegrityError | AssertionError)
+        or isinstance(cause, IntegrityError)
+        or any(word in text for word in words)
+    )
+
+
+def _cannot_open(place: str, error: BaseException, *, create: bool) -> str:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    reason = (str(getattr(cause, "orig", cause)).strip() or type(cause).__name__).splitlines()[0]
+    missing = any(word in reason for word in ("does not exist", "doesn't exist", "no such table"))
+    if not create and missing:
+        return f"{place} holds no sweep yet ({reason}); start one there first"
+    return f"cannot open {place} ({reason}); check the address, the account and the network"
+
+
+def _missing_driver(url: str) -> str:
+    scheme = url.split("://", 1)[0]
+    if scheme.startswith("postgres"):
+        return (
+            f"no driver for {scheme}; run pip install 'sweep[postgresql]' "
+            "and write the URL as postgresql+psycopg://…"
+        )
+    if scheme.startswith(("mysql", "mariadb")):
+        return f"no driver for {scheme}; run pip install pymysql and write mysql+pymysql://…"
+    return f"no driver for {scheme}; use sqlite:///FILE or postgresql+psycopg://…"
+
+
+def _open_grpc(url: str) -> BaseStorage:
+    from importlib.util import find_spec
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or parts.path not in ("", "/"):
+        raise StorageError(f"{url!r} is not a proxy address; write grpc://HOST:PORT")
+    if find_spec("grpc") is None:
+        raise StorageError(f"{url} needs gRPC; run pip install grpcio protobuf")
+    from optuna.storages import GrpcStorageProxy
+
+    return GrpcStorageProxy(host=host, port=port)

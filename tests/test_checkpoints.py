@@ -1,0 +1,242 @@
+"""Checkpoints: whatever happens to the process, the file or the disk."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import random
+import resource
+import signal
+import string
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
+
+PROCESSES = multiprocessing.get_context("forkserver")
+# What every child would import again. One server of forks serves all test modules of a run.
+PROCESSES.set_forkserver_preload(
+    ["alembic.command", "filelock", "optuna.storages._rdb.models", "pytest", "torch"]
+)
+
+KEY = "fixup-largebatch/dataset=digits/12"
+
+
+def state(step: int, size: int = 1000) -> dict[str, Any]:
+    return {"step": step, "model": {"weight": torch.full((size,), float(step))}, "lr": [0.1, 0.2]}
+
+
+def is_whole(loaded: dict[str, Any] | None) -> bool:
+    return loaded is not None and bool((loaded["model"]["weight"] == loaded["step"]).all())
+
+
+def test_save_load_delete(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "a" / "b")
+    assert store.load(KEY) is None
+    assert store.disk_usage() == 0
+    store.delete(KEY)
+    for step in (1, 2):
+        store.save(KEY, state(step))
+        loaded = store.load(KEY)
+        assert loaded is not None
+        assert is_whole(loaded)
+        assert (loaded["step"], loaded["lr"]) == (step, [0.1, 0.2])
+    assert store.load(KEY + "0") is None
+    (file,) = (tmp_path / "a" / "b").iterdir()
+    assert store.disk_usage() == file.stat().st_size == store.path(KEY).stat().st_size
+    store.delete(KEY)
+    assert store.load(KEY) is None
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_optimizer_state_survives(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    store = CheckpointStore(tmp_path)
+    store.save("k", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    loaded = store.load("k")
+    assert loaded is not None
+    torch.testing.assert_close(loaded["model"], dict(model.state_dict()), rtol=0, atol=0)
+    momentum = loaded["optimizer"]["state"][0]["momentum_buffer"]
+    assert torch.equal(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "../x",
+        "/etc/passwd",
+        "..",
+        ".",
+        "a/../../b",
+        "a\x00b",
+        "C:\\x",
+        ".hidden",
+        "ä" * 300,
+        "x" * 999,
+    ],
+)
+def test_keys_stay_in_the_folder(tmp_path: Path, key: str) -> None:
+    root = tmp_path / "root"
+    store = CheckpointStore(root)
+    store.save(key, state(1))
+    (file,) = root.iterdir()
+    assert file == store.path(key)
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    assert is_whole(store.load(key))
+    assert store.load(key + "2") is None
+
+
+def test_empty_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must not be empty"):
+        CheckpointStore(tmp_path).save("", {})
+
+
+@given(st.lists(st.text(string.printable, min_size=1), min_size=2, max_size=2, unique=True))
+def test_different_keys_have_different_files(keys: list[str]) -> None:
+    one, two = (CheckpointStore(Path("root")).path(key) for key in keys)
+    assert one != two
+    assert one.parent == two.parent == Path("root")
+    assert not one.name.startswith(".")
+    assert len(one.name) < 200
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "text", "pickle", "list"])
+def test_damaged_file_counts_as_absent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(KEY, state(3))
+    file = store.path(KEY)
+    content = bytearray(file.read_bytes())
+    if harm == "truncate":
+        content = content[: len(content) // 2]
+    elif harm == "flip":
+        # Inside the tensor's data, which PyTorch itself would load without a word.
+        where = content.index(torch.tensor([3.0, 3.0]).numpy().tobytes())
+        content[where + 1000] ^= 1
+    elif harm == "empty":
+        content = bytearray()
+    elif harm == "text":
+        content = bytearray(b"not a checkpoint")
+    if harm == "pickle":
+        torch.save({"code": print}, file)  # Loading it would run a function of its choice.
+    elif harm == "list":
+        torch.save([1, 2], file)
+    else:
+        file.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert store.load(KEY) is None
+    assert "removed damaged checkpoint" in caplog.text
+    assert not file.exists()
+    store.save(KEY, state(4))
+    assert is_whole(store.load(KEY))
+
+
+def save_for_ever(root: Path, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    store = CheckpointStore(root)
+    step = 0
+    while True:
+        step += 1
+        store.save(KEY, state(step, size=300_000))
+        pipe.send(step)
+
+
+def test_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save("other", state(7))
+    leftovers = 0
+    for _ in range(12):
+        here, there = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=save_for_ever, args=(tmp_path, there))
+        process.start()
+        there.close()
+        assert here.poll(60)
+        confirmed = here.recv()
+        time.sleep(random.uniform(0.0, 0.02))  # The point of the kill, not a wait for anything.
+        process.kill()
+        process.join(30)
+        while here.poll():
+            try:
+                confirmed = here.recv()
+            except EOFError:
+                break
+        loaded = store.load(KEY)
+        assert loaded is not None
+        assert is_whole(loaded)
+        assert loaded["step"] in (confirmed, confirmed + 1)
+        leftovers += sum(path.suffix == ".tmp" for path in tmp_path.iterdir())
+        store.save(KEY, state(0))
+        assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}
+    assert is_whole(store.load("other"))
+    assert leftovers <= 12
+
+
+def test_leftovers_of_other_keys_stay(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    mine = tmp_path / f".{store.path('a').name}.{'0' * 16}.tmp"
+    others = tmp_path / f".{store.path('a.pt.b').name}.{'0' * 16}.tmp"
+    mine.touch()
+    others.touch()
+    store.save("a", state(1))
+    assert (mine.exists(), others.exists()) == (False, True)
+    store.delete("a.pt.b")
+    assert not others.exists()
+
+
+def save_beyond_limit(root: Path, pipe: Any) -> None:
+    # The kernel refuses to let a file grow beyond the limit, as it does on a full disk.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        CheckpointStore(root).save(KEY, state(2, size=100_000))
+    except CheckpointError as error:
+        pipe.send(str(error))
+    else:
+        pipe.send("saved")
+
+
+def test_disk_without_space_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(KEY, state(1))
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=save_beyond_limit, args=(tmp_path, there))
+    process.start()
+    assert here.poll(60)
+    answer = here.recv()
+    process.join(30)
+    assert answer.startswith(f"cannot save checkpoint {store.path(KEY)} (File too large); free")
+    assert "\n" not in answer
+    loaded = store.load(KEY)
+    assert loaded is not None
+    assert loaded["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [store.path(KEY).name]
+
+
+def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot save checkpoint"):
+        CheckpointStore(tmp_path / "file").save(KEY, state(1))
+    store = CheckpointStore(tmp_path)
+    store.path(KEY).mkdir()
+    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
+        store.load(KEY)
+
+
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert default_checkpoint_dir("sqlite:////data/s.db") == Path("/data/s.db.checkpoints")
+    one = default_checkpoint_dir("postgresql+psycopg://me:secret@host/one")
+    assert default_checkpoint_dir("postgresql+psycopg://you@host/one") == one
+    assert default_checkpoint_dir("postgresql+psycopg://me:secret@host/two") != one
+    assert one.parent.name == "checkpoints"
+    assert "secret" not in str(one)

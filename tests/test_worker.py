@@ -1,0 +1,284 @@
+"""The pull loop in one process: what it claims, reports and tells, and what it survives."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from helpers import begin, make_spec, make_worker, trials, url
+from optuna.trial import TrialState
+
+from storage.engine import open_storage
+from storage.trials import LEASE_ATTR, TrialQueue
+from sweeps import worker as worker_module
+from sweeps.errors import SweepError
+from sweeps.objective import Objective, Progress
+from sweeps.status import CURVES, PROVENANCE, read_status
+from sweeps.studies import stored_sweep
+from sweeps.training.loop import Diverged
+
+
+def test_the_budget_is_met_exactly_and_trials_say_what_they_were(tmp_path: Path) -> None:
+    tries = [{"label": "known", "peak_lr": 0.05}]
+    begin(tmp_path, make_spec(**{"try": tries}))
+    make_worker(tmp_path).run()
+    make_worker(tmp_path, worker_id="late").run()
+    found = trials(tmp_path)
+    assert [t.state for t in found] == [TrialState.COMPLETE] * 3
+    assert found[0].params["peak_lr"] == 0.05
+    assert found[0].user_attrs["label"] == "known"
+    for trial in found:
+        assert sorted(trial.intermediate_values) == [1, 2, 3]
+        assert trial.value == trial.intermediate_values[3]
+        assert 0 < trial.value <= 1
+        assert trial.user_attrs["outcome"] == "complete"
+        curves = trial.system_attrs[CURVES]
+        assert {len(points) for points in curves.values()} == {3}
+        assert curves["val_accuracy"][-1] == pytest.approx(trial.value, abs=1e-5)
+        provenance = trial.system_attrs[PROVENANCE]
+        assert provenance["optuna"] == optuna.__version__
+        assert len(provenance["data_fingerprint"]) == 64
+    assert len({t.params["peak_lr"] for t in found}) == 3
+    assert not list((tmp_path / "checkpoints").glob("*.pt*"))
+
+
+def test_one_worker_and_the_same_seed_give_the_same_trials(tmp_path: Path) -> None:
+    curves = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        begin(tmp_path / place, make_spec())
+        make_worker(tmp_path / place).run()
+        curves.append(
+            [(t.params, t.value, t.intermediate_values) for t in trials(tmp_path / place)]
+        )
+    assert curves[0] == curves[1]
+
+
+def stop_after(step: int, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set `stop` as a signal would, once a step was reported."""
+    report = worker_module._Reporter.__call__
+
+    def reporting(self: Any, progress: Progress) -> None:
+        report(self, progress)
+        if progress.step == step:
+            stop.set()
+
+    monkeypatch.setattr(worker_module._Reporter, "__call__", reporting)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_stopped_trial_goes_on_as_if_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: int
+) -> None:
+    spec = make_spec(train={"norm": "fixup"}, budget={"trials": 1, "seeds": seeds})
+    for place in ("whole", "stopped"):
+        (tmp_path / place).mkdir()
+        begin(tmp_path / place, spec)
+    make_worker(tmp_path / "whole").run()
+    for step in range(1, 3 * seeds):
+        with monkeypatch.context() as patch:
+            stop = threading.Event()
+            stop_after(step, stop, patch)
+            make_worker(tmp_path / "stopped", stop=stop).run()
+        (waiting,) = trials(tmp_path / "stopped")
+        assert waiting.state == TrialState.WAITING
+        assert sorted(waiting.intermediate_values) == list(range(1, step + 1))
+    make_worker(tmp_path / "stopped").run()
+    (whole,), (stopped,) = trials(tmp_path / "whole"), trials(tmp_path / "stopped")
+    assert stopped.state == TrialState.COMPLETE
+    assert stopped.params == whole.params
+    assert stopped.intermediate_values == whole.intermediate_values
+    assert stopped.value == whole.value
+    ours, theirs = stopped.system_attrs[CURVES], whole.system_attrs[CURVES]
+    for name in ("train_loss", "val_loss", "val_accuracy", "lr"):
+        assert ours[name] == theirs[name]
+    assert stopped.system_attrs[LEASE_ATTR]["attempt"] == 3 * seeds
+
+
+def test_the_value_is_the_mean_over_seeds(tmp_path: Path) -> None:
+    search = {"peak_lr": {"choices": [0.1]}}
+    values = {}
+    for name, seed, seeds in (("s0", 0, 1), ("s1", 1, 1), ("both", 0, 2)):
+        spec = make_spec(
+            name, train={"seed": seed}, search=search, budget={"trials": 1, "seeds": seeds}
+        )
+        begin(tmp_path, spec)
+        make_worker(tmp_path, name).run()
+        (trial,) = trials(tmp_path, name)
+        values[name] = trial.value
+        assert len(trial.intermediate_values) == 3 * seeds
+    assert values["both"] == pytest.approx((values["s0"] + values["s1"]) / 2)
+
+
+def test_a_diverged_trial_is_pruned_with_its_reason(tmp_path: Path) -> None:
+    search = {"peak_lr": {"choices": [1e6]}}
+    begin(tmp_path, make_spec(train={"norm": "fixup"}, search=search))
+    make_worker(tmp_path).run()
+    for trial in trials(tmp_path):
+        assert trial.state == TrialState.PRUNED
+        assert trial.user_attrs["outcome"] == "diverged"
+        assert "loss" in trial.user_attrs["reason"]
+        assert trial.value is None
+    store = open_storage(url(tmp_path))
+    (study,) = read_status(store, stored_sweep(store, "tiny")).studies
+    assert study.count("diverged") == 3
+    assert study.best is None
+
+
+def test_late_divergence_keeps_its_last_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Objective.run
+
+    def diverging(self: Objective, *args: Any, on_epoch: Callable[..., None], **kw: Any) -> float:
+        def then_diverge(progress: Progress) -> None:
+            on_epoch(progress)
+            if progress.step == 2:
+                raise Diverged("loss is not finite at update 17", 2)
+
+        return run(self, *args, on_epoch=then_diverge, **kw)
+
+    monkeypatch.setattr(Objective, "run", diverging)
+    begin(tmp_path, make_spec(budget={"trials": 1}))
+    make_worker(tmp_path).run()
+    (trial,) = trials(tmp_path)
+    assert trial.state == TrialState.PRUNED
+    assert trial.value == trial.intermediate_values[2]
+
+
+def test_the_pruner_is_asked(tmp_path: Path) -> None:
+    pruner = {"type": "ThresholdPruner", "lower": 0.999, "n_warmup_steps": 2}
+    begin(tmp_path, make_spec(pruner=pruner))
+    make_worker(tmp_path).run()
+    for trial in trials(tmp_path):
+        assert trial.state == TrialState.PRUNED
+        assert trial.user_attrs["outcome"] == "pruned"
+        assert trial.last_step == 2
+        assert trial.value == trial.intermediate_values[2]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: Any) -> None:
+    """Let the n-th training raise, before its first epoch."""
+    run = Objective.run
+    calls = iter(range(10**6))
+
+    def maybe(self: Objective, *args: Any, **kw: Any) -> float:
+        if fails(next(calls)):
+            raise error()
+        return run(self, *args, **kw)
+
+    monkeypatch.setattr(Objective, "run", maybe)
+
+
+def test_a_trial_that_raised_once_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, lambda call: call == 1, lambda: RuntimeError("flaky"))
+    begin(tmp_path, make_spec())
+    make_worker(tmp_path).run()
+    assert [t.state for t in trials(tmp_path)] == [TrialState.COMPLETE] * 3
+
+
+def test_a_trial_that_raises_again_fails_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, lambda call: call in (1, 2), lambda: RuntimeError("bad\nnews"))
+    begin(tmp_path, make_spec())
+    make_worker(tmp_path).run()
+    found = trials(tmp_path)
+    assert [t.state.name for t in found] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert found[1].user_attrs["outcome"] == "failed"
+    assert found[1].user_attrs["reason"] == "RuntimeError: bad"
+    assert "Traceback" in found[1].user_attrs["error"]
+
+
+def test_trials_that_fail_alike_end_the_worker_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, lambda call: True, lambda: RuntimeError("no such kernel"))
+    begin(tmp_path, make_spec(budget={"trials": 20}))
+    with pytest.raises(SweepError, match="RuntimeError: no such kernel"):
+        make_worker(tmp_path).run()
+    states = [t.state for t in trials(tmp_path)]
+    assert states == [TrialState.FAIL] * 3
+
+
+def test_a_trial_that_takes_its_workers_down_fails(tmp_path: Path) -> None:
+    store = begin(tmp_path, make_spec(budget={"trials": 2}))
+    (study,) = stored_sweep(store, "tiny").studies
+    clock = [0.0]
+    for death in range(3):
+        dead = TrialQueue(store, worker_id=f"dead {death}", clock=lambda: clock[0])
+        watcher = TrialQueue(store, worker_id="watcher", clock=lambda: clock[0])
+        claim = dead.claim([(study.study_id, 1)])
+        assert claim is not None
+        watcher.requeue_abandoned([study.study_id])
+        clock[0] += 61
+        watcher.requeue_abandoned([study.study_id])
+    make_worker(tmp_path).run()
+    first, second = trials(tmp_path)
+    assert first.state == TrialState.FAIL
+    assert "3 workers died" in first.user_attrs["reason"]
+    assert second.state == TrialState.COMPLETE
+
+
+def test_a_worker_that_lost_its_lease_drops_the_result_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after SIGSTOP past the lease: another worker has taken the trial over meanwhile."""
+    begin(tmp_path, make_spec(budget={"trials": 2}))
+    run = Objective.run
+    thief: list[Any] = []
+
+    def robbed(self: Objective, *args: Any, **kw: Any) -> float:
+        value = run(self, *args, **kw)
+        if not thief:
+            store = open_storage(url(tmp_path))
+            (study,) = stored_sweep(store, "tiny").studies
+            clock = [0.0]
+            queue = TrialQueue(store, worker_id="thief", clock=lambda: clock[0])
+            queue.requeue_abandoned([study.study_id])
+            clock[0] += 61
+            claim = queue.claim([(study.study_id, 1)])
+            assert claim is not None
+            assert claim.number == 0
+            thief.append((queue, claim))
+        return value
+
+    monkeypatch.setattr(Objective, "run", robbed)
+    stop = threading.Event()
+    robbed_worker = make_worker(tmp_path, stop=stop)
+    thread = threading.Thread(target=robbed_worker.run)
+    thread.start()
+    wait_until(lambda: len(trials(tmp_path)) == 2 and trials(tmp_path)[1].state.is_finished())
+    assert trials(tmp_path)[0].state == TrialState.RUNNING
+    queue, claim = thief[0]
+    assert queue.finish(claim, TrialState.COMPLETE, 0.125)
+    thread.join(60)
+    assert not thread.is_alive()
+    assert trials(tmp_path)[0].value == 0.125
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Poll with a deadline."""
+    polled = threading.Event()
+    for _ in range(1200):
+        if done():
+            return
+        polled.wait(0.05)
+    raise AssertionError("not done within a minute")
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    begin(tmp_path, make_spec(train={"noise_std": 0.5}))
+    with pytest.raises(SweepError, match="not the one"):
+        make_worker(tmp_path).run()
+    assert {t.state for t in trials(tmp_path)} <= {TrialState.WAITING}
+
+
+def test_a_sweep_that_is_not_there_is_named(tmp_path: Path) -> None:
+    begin(tmp_path, make_spec())
+    with pytest.raises(SweepError, match="did you mean 'tiny'"):
+        make_worker(tmp_path, "tinny").run()
