@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors: CIFAR-10, folders or zips of images, and scikit-learn's digits.
 
-CIFAR-10 and images are decoded once; a cache file of tensors, which later runs map into memory,
+Each is decoded once; a cache file of tensors, which later runs map into memory,
 stands in the cache folder. `split_train` holds out a fixed, stratified part for validation.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,16 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _load_digits(noise_std: float) -> Dataset:
     if not (0 <= noise_std < float("inf")):
         raise DataError(f"noise_std is {noise_std}: it must be a finite number, 0 or more")
+    source = {
+        "name": "digits",
+        "noise_std": float(noise_std),
+        "scikit-learn": metadata.version("scikit-learn"),
+    }
+    # Importing scikit-learn takes longer than reading the cache.
+    return _cached(source, _ignore, lambda: _make_digits(noise_std))
+
+
+def _make_digits(noise_std: float) -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

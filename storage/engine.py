@@ -71,29 +71,42 @@ def open_storage(url: str, *, read_only: bool = False) -> BaseStorage:
             for longer than :data:`LOCK_TIMEOUT_SECONDS`, belongs to another program or to
             another version of Optuna, or its driver is not installed.
     """
+    if url.startswith("grpc://"):
+        return _open_grpc(url)
+    parsed = check_url(url)
+    file = sqlite_path(url)
+    if file is None:
+        return _open_server(parsed, read_only=read_only)
+    return _open_sqlite_read_only(file) if read_only else _open_sqlite(file, parsed)
+
+
+def check_url(url: str) -> URL:
+    """Refuse a storage URL that cannot work, as far as that shows without opening anything.
+
+    Raises:
+        StorageError: it is no URL, an in-memory database, or a file that cannot be there.
+    """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     if "://" not in url:
         path = Path(url).expanduser().absolute()
         raise StorageError(f"{url!r} is not a storage URL; for a file write sqlite:///{path}")
-    if url.startswith("grpc://"):
-        return _open_grpc(url)
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
         raise StorageError(
             f"{url!r} is not a storage URL; expected sqlite:///FILE or postgresql+psycopg://…"
         ) from error
-    if parsed.get_backend_name() != "sqlite":
-        return _open_server(parsed, read_only=read_only)
-    file = sqlite_path(url)
-    if file is None:
-        raise StorageError(
-            f"{url!r} is not a database file, and workers are processes that could not share "
-            "an in-memory database; write sqlite:///FILE"
-        )
-    return _open_sqlite_read_only(file) if read_only else _open_sqlite(file, parsed)
+    if parsed.get_backend_name() == "sqlite":
+        file = sqlite_path(url)
+        if file is None:
+            raise StorageError(
+                f"{url!r} is not a database file, and workers are processes that could not share "
+                "an in-memory database; write sqlite:///FILE"
+            )
+        _check_file(file)
+    return parsed
 
 
 def sql_engine(storage: BaseStorage) -> Engine:

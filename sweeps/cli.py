@@ -69,7 +69,9 @@ def start(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", min=1, help="Worker processes. Default: one a GPU, or per two cores."
+            "--workers",
+            min=1,
+            help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
         ),
     ] = None,
     storage_url: Storage = DEFAULT_STORAGE,

@@ -27,18 +27,20 @@ class Slot:
     threads: int
 
 
-def plan_slots(workers: int | None) -> list[Slot]:
+def plan_slots(workers: int | None, threads: int) -> list[Slot]:
     """Divide this machine among workers.
 
     Args:
-        workers: how many; None is one for each GPU, or without one, one for every two cores.
+        workers: how many; None is one for each GPU, or without one, as many as there are cores
+            for.
+        threads: CPU threads that a worker without a GPU is meant to have.
     """
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     gpus = torch.cuda.device_count()
-    count = workers or gpus or max(1, cores // 2)
+    count = workers or gpus or max(1, cores // threads)
     devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(count)]
     return [Slot(device, max(1, cores // count)) for device in devices]
 

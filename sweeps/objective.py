@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batches import DeviceBatches, channel_statistics, normalise
 from data.sources import Dataset, load_dataset, split_train
@@ -163,9 +163,12 @@ class Objective:
             return fresh
         return state
 
-    def _training(
-        self, config: TrialConfig, seed: int, should_stop: Callable[[], bool]
-    ) -> Training:
+    def build(self, config: TrialConfig, seed: int) -> tuple[nn.Module, DeviceBatches]:
+        """The network of a config and the batches that it trains on.
+
+        Raises:
+            ValueError: if the config asks for what the splits or the models cannot do.
+        """
         prepared = self._prepare(config)
         memory_format = _memory_format(config, self._device)
         channels, image_size = prepared.train_images.shape[1:3]
@@ -181,8 +184,7 @@ class Objective:
             batch_statistics=config.batch_statistics,
             seed=seed,
         )
-        model = model.to(self._device).to(memory_format=memory_format)
-        model.train()
+        model = model.to(self._device).to(memory_format=memory_format).train()
         batches = DeviceBatches(
             prepared.train_images,
             prepared.train_labels,
@@ -196,14 +198,20 @@ class Objective:
             mean=prepared.mean,
             std=prepared.std,
         )
+        return model, batches
+
+    def _training(
+        self, config: TrialConfig, seed: int, should_stop: Callable[[], bool]
+    ) -> Training:
+        model, batches = self.build(config, seed)
+        prepared = self._prepare(config)
+        clip = config.clip_grad_norm
         settings = SGDSettings(
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             decay_scalars=config.weight_decay_on == "all",
             scalar_lr_factor=config.scalar_lr_factor,
-            clip_grad_norm=None
-            if isinstance(config.clip_grad_norm, str)
-            else config.clip_grad_norm,
+            clip_grad_norm=None if isinstance(clip, str) else clip,
         )
         dtype = _autocast_dtype(config, self._device)
         algorithm = SynchronousSGD(model, parameter_groups(model), settings, autocast_dtype=dtype)
@@ -309,16 +317,6 @@ def open_dataset(
 def dataset_identity(config: TrialConfig) -> tuple[Value, ...]:
     """What `open_dataset` depends on: equal identities are equal data sets."""
     return (config.dataset, config.image_size, config.noise_std)
-
-
-def check(config: TrialConfig, dataset: Dataset) -> None:
-    """Divide the data and build the model of a config, so that a contradiction shows early.
-
-    Raises:
-        ValueError: as the splits and the models raise it.
-    """
-    objective = Objective(dataset, torch.device("cpu"))
-    objective._training(config, config.seed, lambda: False)
 
 
 def prepare_process(device: torch.device, threads: int) -> None:

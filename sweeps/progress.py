@@ -52,12 +52,11 @@ class PlainView:
         }
         if self._seen is None:
             self._seen = set(ended)
-        finished = sum(study.finished for study in status.studies)
         total = sum(study.budget for study in status.studies)
         for key in [key for key in ended if key not in self._seen]:
             self._seen.add(key)
             study, trial = ended[key]
-            self.say(f"[{finished}/{total}] {study.name} {describe(trial)}")
+            self.say(f"[{len(self._seen)}/{total}] {study.name} {describe(trial)}")
 
     def say(self, line: str) -> None:
         """Print one line, whole."""

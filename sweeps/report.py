@@ -24,26 +24,33 @@ def answer_table(status: SweepStatus) -> Table:
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
     table.add_column("accuracy", justify="right", no_wrap=True)
-    table.add_column("searched settings", overflow="fold", ratio=1)
+    if status.searched:
+        table.add_column("searched settings", overflow="fold", ratio=1)
     for study in status.studies:
         rows: list[tuple[str, TrialStatus]] = []
         if study.best is not None:
             rows.append(("best", study.best))
         rows.extend((t.label, t) for t in study.trials if t.label)
         if not rows:
-            table.add_row(_short(status, study), "no complete trial yet", "", "", "", "")
+            table.add_row(_short(status, study), "no complete trial yet")
         for position, (setting, trial) in enumerate(rows):
-            table.add_row(
+            cells = [
                 _short(status, study) if position == 0 else "",
                 setting,
                 f"#{trial.number}",
                 trial.outcome,
                 _accuracy(trial),
-                describe_params(trial.params),
+            ]
+            if status.searched:
+                cells.append(describe_params(trial.params))
+            table.add_row(
+                *cells,
                 style="bold" if setting == "best" else None,
                 end_section=position == len(rows) - 1,
             )
     table.caption = VALIDATION_NOTE[status.validation]
+    if status.seeds > 1:
+        table.caption += f" Each is the mean over {status.seeds} seeds."
     return table
 
 

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from data.sources import Dataset
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
-from storage.engine import open_storage, sqlite_path
+from storage.engine import check_url, open_storage, sqlite_path
 from storage.trials import TrialQueue
-from sweeps import objective, search
+from sweeps import search
 from sweeps.errors import SpecError, SweepError
 from sweeps.launch import LocalWorkers, plan_slots
+from sweeps.objective import Objective, dataset_identity, open_dataset, prepare_process
 from sweeps.progress import open_view
 from sweeps.report import answer_table, outcome_lines
 from sweeps.spec import SweepSpec
@@ -61,13 +62,14 @@ def run_sweep(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search.check(spec)
+    check_url(storage_url)
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
     with _creation_lock(storage_url):
         sweep = create_or_resume(store, spec, fingerprints)
     watcher = open_storage(storage_url, read_only=True)
     status = read_status(watcher, sweep)
-    slots = plan_slots(workers)
+    slots = plan_slots(workers, spec.workers.threads)
     err.print(_opening(status, storage_url, len(slots)), highlight=False, soft_wrap=True)
     codes: list[int] = []
     interrupted = 0
@@ -119,7 +121,7 @@ def run_worker(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen = _device(device)
-    objective.prepare_process(chosen, threads or torch.get_num_threads())
+    prepare_process(chosen, threads or torch.get_num_threads())
     store = open_storage(storage_url)
     stored_sweep(store, name)
     options = WorkerOptions(
@@ -187,13 +189,13 @@ def _check_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> list[st
     fingerprints = []
     for cell in spec.cells:
         config = spec.config(cell, spec.lowest_params())
-        identity = objective.dataset_identity(config)
+        identity = dataset_identity(config)
         if identity not in datasets:
-            datasets[identity] = objective.open_dataset(
+            datasets[identity] = open_dataset(
                 config, data_dir, lambda line: err.print(line, highlight=False, soft_wrap=True)
             )
         try:
-            objective.check(config, datasets[identity])
+            Objective(datasets[identity], torch.device("cpu")).build(config, config.seed)
         except ValueError as error:
             raise SpecError(f"{spec.study_name(cell)}: {error}") from error
         fingerprints.append(datasets[identity].fingerprint)

@@ -9,6 +9,7 @@ A file has `title`, `question`, `source`, and the tables
 - `[[try]]`: known settings that run first;
 - `[sampler]`, `[pruner]`: a class of Optuna's by name (`type`) and its arguments;
 - `[budget]`: how much may be spent;
+- `[workers]`: what a worker process is given;
 - `[quick]`: what `--quick` overrides in all of the above.
 
 Presets and users' files go through the same parser. A parsed spec is stored with each study
@@ -31,7 +32,7 @@ from typing import Any
 from sweeps.config import Setting, TrialConfig, Value
 from sweeps.errors import SpecError, nearest
 
-SECTIONS = ("train", "each", "search", "try", "sampler", "pruner", "budget", "quick")
+SECTIONS = ("train", "each", "search", "try", "sampler", "pruner", "budget", "workers", "quick")
 TEXTS = ("title", "question", "source")
 TRY_WORDS = ("label", "when")
 
@@ -114,6 +115,18 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class WorkerShare:
+    """What each worker process is given of a machine without a GPU.
+
+    Attributes:
+        threads: CPU threads. A machine runs as many workers as it has cores for; networks so
+            small that a step takes milliseconds gain nothing from a second thread.
+    """
+
+    threads: int = 2
+
+
+@dataclass(frozen=True)
 class SweepSpec:
     """A checked sweep. Make one with `load`, `from_table` or `from_dict`."""
 
@@ -128,6 +141,7 @@ class SweepSpec:
     sampler: Mapping[str, Any]
     pruner: Mapping[str, Any]
     budget: Budget
+    workers: WorkerShare
 
     def study_name(self, cell: Mapping[str, Value]) -> str:
         """The Optuna study of `cell`, such as `fixup-largebatch/global_batch_size=1024`."""
@@ -168,6 +182,7 @@ class SweepSpec:
             "sampler": dict(self.sampler),
             "pruner": dict(self.pruner),
             "budget": dataclasses.asdict(self.budget),
+            "workers": dataclasses.asdict(self.workers),
         }
 
     @classmethod
@@ -206,7 +221,8 @@ class SweepSpec:
             tries=tries,
             sampler=_parse_component(_table(table, "sampler"), "sampler", "TPESampler"),
             pruner=_parse_component(_table(table, "pruner"), "pruner", "MedianPruner"),
-            budget=_parse_budget(_table(table, "budget")),
+            budget=Budget(**_parse_counts(table, "budget", Budget)),
+            workers=WorkerShare(**_parse_counts(table, "workers", WorkerShare)),
             **texts,
         )
         _check_cells(spec)
@@ -487,14 +503,16 @@ def _parse_component(table: Mapping[str, Any], section: str, default: str) -> di
     return parsed
 
 
-def _parse_budget(table: Mapping[str, Any]) -> Budget:
-    accepted = [f.name for f in dataclasses.fields(Budget)]
-    for key, value in table.items():
+def _parse_counts(table: Mapping[str, Any], section: str, kind: type) -> Mapping[str, int]:
+    """A section whose keys are the fields of a dataclass, whole numbers from 1."""
+    accepted = [f.name for f in dataclasses.fields(kind)]
+    counts = _table(table, section)
+    for key, value in counts.items():
         if key not in accepted:
-            raise SpecError(f"[budget] has no key {key!r}; {nearest(key, accepted)}")
+            raise SpecError(f"[{section}] has no key {key!r}; {nearest(key, accepted)}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"[budget] {key} = {value!r} is not a whole number from 1")
-    return Budget(**table)
+            raise SpecError(f"[{section}] {key} = {value!r} is not a whole number from 1")
+    return counts
 
 
 def _check_cells(spec: SweepSpec) -> None:

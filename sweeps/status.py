@@ -89,12 +89,21 @@ class StudyStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """A sweep: what it asks and how far its studies are."""
+    """A sweep: what it asks and how far its studies are.
+
+    Attributes:
+        validation: what scores a trial, `holdout` or `test`.
+        searched: the settings that the sampler suggests.
+        seeds: trainings that a trial's accuracy is the mean of.
+        steps_per_trial: epochs of a trial that is not pruned, over all seeds.
+    """
 
     name: str
     title: str
     question: str
     validation: str
+    searched: Sequence[str]
+    seeds: int
     steps_per_trial: int
     studies: Sequence[StudyStatus]
 
@@ -110,6 +119,8 @@ class SweepStatus:
             "title": self.title,
             "question": self.question,
             "validation": self.validation,
+            "searched": list(self.searched),
+            "seeds": self.seeds,
             "done": self.done,
             "studies": [
                 {
@@ -137,6 +148,8 @@ def read_status(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
         title=spec.title,
         question=spec.question,
         validation=configs[0].validation,
+        searched=list(spec.search),
+        seeds=spec.budget.seeds,
         steps_per_trial=max(config.epochs for config in configs) * spec.budget.seeds,
         studies=[_read_study(store, study) for study in sweep.studies],
     )

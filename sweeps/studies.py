@@ -97,9 +97,9 @@ def create_or_resume(
     """Create the studies of a sweep, or go on with those that are there.
 
     A creation that was cut short is completed. A larger or smaller number of trials, added
-    `[[try]]` entries and new texts are taken over; anything that changes what a trial is, or
-    what it is compared with, is refused. The caller sees to it that one process does this at a
-    time.
+    `[[try]]` entries, the workers' share and new texts are taken over; anything that changes
+    what a trial is, or what it is compared with, is refused. The caller sees to it that one
+    process does this at a time.
 
     Args:
         store: where the studies are.
@@ -144,7 +144,7 @@ def check_fingerprint(study: SweepStudy, fingerprint: str) -> None:
 
 def _merge(stored: SweepSpec, wanted: SweepSpec) -> tuple[SweepSpec, list[Try]]:
     """The spec to go on with, and the tries that it adds; refuse what may not change."""
-    free = ("title", "question", "source", "budget.trials", "try")
+    free = ("title", "question", "source", "budget.trials", "workers.threads", "try")
     changed = {
         key: values for key, values in differences(stored, wanted).items() if key not in free
     }

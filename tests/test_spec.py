@@ -173,6 +173,7 @@ WRONG = [
     ({"budget": {"trails": 3}}, "did you mean 'trials'"),
     ({"budget": {"trials": 0}}, "whole number from 1"),
     ({"budget": {"trials": 1}, "try": [{"label": "a"}, {"label": "b"}]}, "fewer"),
+    ({"workers": {"thread": 1}}, "did you mean 'threads'"),
     ({"sampler": {"seed": -1}}, "whole number"),
 ]  # fmt: skip
 
