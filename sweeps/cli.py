@@ -181,14 +181,11 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print a sweep as TOML, resolved; a file to start your own from."""
-    import tomli_w
-
-    table = _load(sweep, storage_url, quick, overrides, name).as_dict()
+    spec = _load(sweep, storage_url, quick, overrides, name)
     if as_json:
-        _print_json(table)
-        return
-    table.pop("name")
-    sys.stdout.write(tomli_w.dumps({k: v for k, v in table.items() if v != {} and v != [{}]}))
+        _print_json(spec.as_dict())
+    else:
+        typer.echo(spec.as_toml(), nl=False)
 
 
 @app.command(rich_help_panel="Look")

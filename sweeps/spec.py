@@ -185,6 +185,14 @@ class SweepSpec:
             "workers": dataclasses.asdict(self.workers),
         }
 
+    def as_toml(self) -> str:
+        """The spec as a file that `load` reads back; the name is the file's."""
+        import tomli_w
+
+        table = self.as_dict()
+        del table["name"]
+        return tomli_w.dumps({k: v for k, v in table.items() if v not in ({}, [], [{}])})
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> SweepSpec:
         """Read back what `as_dict` gave."""

@@ -164,6 +164,21 @@ def _merge(stored: SweepSpec, wanted: SweepSpec) -> tuple[SweepSpec, list[Try]]:
     return wanted, [t for t in wanted.tries if t not in stored.tries]
 
 
+def _note(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
+    """What optuna-dashboard shows of a study: the question, where it comes from, the sweep."""
+    here = ", ".join(f"{name} = {value}" for name, value in cell.items())
+    parts = [
+        f"## {spec.title or spec.name}",
+        spec.question,
+        f"Source: {spec.source}" if spec.source else "",
+        f"This study: {here}." if here else "",
+        "A diverged trial stands as pruned, so that the sampler learns from it; its attribute "
+        "`outcome` says `diverged`, and `reason` why.",
+        f"```toml\n{spec.as_toml()}```",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
 def _cells_of(spec: SweepSpec, attempt: Try) -> list[int]:
     return [index for index, cell in enumerate(spec.cells) if attempt.applies_to(cell)]
 
@@ -176,6 +191,7 @@ def _create_study(
     new_tries: list[Try],
 ) -> None:
     import optuna
+    from optuna_dashboard import save_note
 
     from storage.trials import enqueue
 
@@ -210,6 +226,7 @@ def _create_study(
             FINGERPRINT: fingerprint,
         }.items():
             study.set_user_attr(key, value)
+        save_note(study, _note(spec, cell))
     for attempt in tries:
         enqueue(store, study_id, dict(attempt.params), user_attrs={LABEL: attempt.label})
     spec_dict = spec.as_dict()

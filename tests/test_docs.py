@@ -1,0 +1,91 @@
+"""What README.md tells people to type is something that works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from helpers import run, write_spec
+
+from sweeps import search, spec
+from sweeps.cli import app
+from sweeps.objective import Objective, open_dataset
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def shell_lines() -> list[list[str]]:
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    lines += re.findall(r"`(sweep [^`]+)`", README)
+    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
+    return [shlex.split(part) for part in parts if part.strip()]
+
+
+SWEEP_LINES = [line[1:] for line in shell_lines() if line[0] == "sweep"]
+
+
+def test_the_two_commands_stand_on_top() -> None:
+    first = blocks("")[0].splitlines()
+    assert first == [
+        "pip install . && sweep start fixup-largebatch --quick",
+        "pip install '.[test]' && pytest",
+    ]
+    assert README.index(first[0]) < 200
+
+
+@pytest.mark.parametrize("line", SWEEP_LINES, ids=" ".join)
+def test_a_command_in_the_readme_is_one_that_parses(line: list[str]) -> None:
+    group = typer.main.get_command(app)
+    found = group.commands[line[0]]  # type: ignore[attr-defined]
+    arguments = line[1 : line.index(">")] if ">" in line else line[1:]
+    if found.name == "start" and not any(not a.startswith("-") for a in arguments):
+        arguments = ["fixup-largebatch", *arguments]
+    found.make_context(line[0], arguments)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    group = typer.main.get_command(app)
+    named = {line[0] for line in SWEEP_LINES}
+    assert named == set(group.commands)  # type: ignore[attr-defined]
+
+
+def test_the_readmes_sweep_is_sound(tmp_path: Path) -> None:
+    (text,) = blocks("toml")
+    (tmp_path / "my-sweep.toml").write_text(text, encoding="utf-8")
+    made = spec.load(str(tmp_path / "my-sweep.toml"))
+    search.check(made)
+    for cell in made.cells:
+        config = made.config(cell, made.lowest_params())
+        objective = Objective(open_dataset(config, None), torch.device("cpu"))
+        objective.build(config, seed=0)
+
+
+def test_the_tour_runs(tmp_path: Path) -> None:
+    """The five minutes of the README, on a sweep of seconds."""
+    write_spec(tmp_path / "tiny.toml", budget={"trials": 1})
+    assert run("list", cwd=tmp_path).returncode == 0
+    assert run("start", "tiny.toml", cwd=tmp_path).returncode == 0
+    assert run("status", "tiny", cwd=tmp_path).returncode == 0
+    shown = run("show", "tiny", cwd=tmp_path)
+    (tmp_path / "my-sweep.toml").write_text(shown.stdout, encoding="utf-8")
+    mine = run(
+        "start", "my-sweep.toml", "--workers", "2", "--storage", "sqlite:///runs.db", cwd=tmp_path
+    )
+    assert mine.returncode == 0, mine.stderr
+    assert (tmp_path / "runs.db").exists()
+
+
+def test_every_key_that_the_readme_overrides_exists() -> None:
+    keys = re.findall(r"--set '?([a-z_.]+)=", README)
+    assert keys
+    for key in keys:
+        section, *rest = key.split(".")
+        assert section in (*spec.SECTIONS, *spec.TrialConfig.settings()), key
+        assert all(part in (*spec.TrialConfig.settings(), "high", "low") for part in rest), key
