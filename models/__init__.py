@@ -20,9 +20,11 @@ from models.norms import (
     make_norm,
     single_value_layer,
 )
-from models.resnet import LAYOUTS, MODELS, Layout, ResNet
+from models.resnet import FEATURE_NORMS, LAYOUTS, MODELS, Layout, ResNet
 
-__all__ = ["MODELS", "NORMS", "DeviceBlocks", "build_model", "parameter_groups"]
+__all__ = [
+    "FEATURE_NORMS", "MODELS", "NORMS", "DeviceBlocks", "build_model", "parameter_groups",
+]  # fmt: skip
 
 
 def build_model(
@@ -36,6 +38,7 @@ def build_model(
     width_factor: float = 1.0,
     num_groups: int = 32,
     batch_statistics: str = "mean",
+    feature_norm: str = "none",
     seed: int,
 ) -> nn.Module:
     """Build a freshly initialised model, float32 on the CPU and in training mode.
@@ -57,6 +60,8 @@ def build_model(
         num_groups: groups for norm="group"; must divide the channels of every stage.
         batch_statistics: how norm="batch" evaluates: "mean" averages the devices' running means
             and variances, "total" adds the variance between their means.
+        feature_norm: "rms" normalises what the classifier sees, "none" does not; see
+            ``models.resnet.normalise_features``.
         seed: of the initial weights, 0 to 2**64 - 1.
 
     Raises:
@@ -67,6 +72,7 @@ def build_model(
     _check_choice("name", name, MODELS)
     _check_choice("norm", norm, NORMS)
     _check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
+    _check_choice("feature_norm", feature_norm, FEATURE_NORMS)
     _check_at_least("num_classes", num_classes, 2)
     _check_at_least("in_channels", in_channels, 1)
     _check_at_least("image_size", image_size, 1)
@@ -82,7 +88,11 @@ def build_model(
         torch.default_generator.manual_seed(seed)
         if norm == "fixup":
             return FixupResNet(
-                layout, num_classes=num_classes, in_channels=in_channels, image_size=image_size
+                layout,
+                num_classes=num_classes,
+                in_channels=in_channels,
+                image_size=image_size,
+                feature_norm=feature_norm,
             )
         return ResNet(
             layout,
@@ -97,6 +107,7 @@ def build_model(
                 batch_statistics=batch_statistics,
             ),
             zero_last_scale=is_per_sample(norm),
+            feature_norm=feature_norm,
         )
 
 

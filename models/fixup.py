@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.norms import DeviceBlocks
-from models.resnet import Layout, check_images, conv3x3, subsample_and_pad
+from models.resnet import Layout, check_images, conv3x3, normalise_features, subsample_and_pad
 
 
 class FixupBlock(nn.Module):
@@ -78,9 +78,16 @@ class FixupResNet(nn.Module):
     """A ResNet with Fixup; see the module's docstring for its source and initialisation."""
 
     def __init__(
-        self, layout: Layout, *, num_classes: int, in_channels: int, image_size: int
+        self,
+        layout: Layout,
+        *,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        feature_norm: str = "none",
     ) -> None:
         super().__init__()
+        self.feature_norm = feature_norm
         self.in_channels = in_channels
         self.image_size = image_size
         self.conv = conv3x3(in_channels, layout.stage_channels[0])
@@ -107,7 +114,8 @@ class FixupResNet(nn.Module):
         out = F.relu(_add(self.conv(x), self.bias1))
         for block in self.residual_blocks:
             out = block(out)
-        logits: Tensor = self.fc(_add(out.mean(dim=(2, 3)), self.bias2))
+        features = normalise_features(_add(out.mean(dim=(2, 3)), self.bias2), self.feature_norm)
+        logits: Tensor = self.fc(features)
         return logits
 
 

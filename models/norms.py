@@ -62,7 +62,6 @@ class DeviceBatchNorm2d(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.num_devices = num_devices
         self.batch_statistics = batch_statistics
         self.momentum = momentum
         self.eps = eps
@@ -70,6 +69,11 @@ class DeviceBatchNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(num_devices, channels))
         self.register_buffer("running_var", torch.ones(num_devices, channels))
+
+    @property
+    def num_devices(self) -> int:
+        """Rows of the running statistics; `torch.func.functional_call` may pass one device's."""
+        return self.running_mean.shape[0]
 
     def aggregated_statistics(self) -> tuple[Tensor, Tensor]:
         """Return the mean and variance used for evaluation, both ``[C]``."""
@@ -283,5 +287,6 @@ def _num_samples(block: tuple[Tensor | None, int], num_devices: int) -> int:
 
 
 def _is_channels_last_only(x: Tensor) -> bool:
-    # By strides: torch.func.vmap cannot answer is_contiguous(memory_format=channels_last).
-    return x.stride(1) == 1 and not x.is_contiguous()
+    # By strides: torch.func.vmap cannot answer is_contiguous(memory_format=channels_last), nor
+    # change to it. Maps of one pixel have no layout to keep.
+    return x.stride(1) == 1 and not x.is_contiguous() and x.shape[2] * x.shape[3] > 1

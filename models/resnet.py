@@ -14,6 +14,7 @@ that, group normalisation does not train at a learning rate of 0.1 here. Batch n
 PyTorch's ones.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,6 +84,7 @@ LAYOUTS = {
     "resnet20": Layout((16, 32, 64), blocks_per_stage=3, projection=False),
 }
 MODELS = tuple(LAYOUTS)
+FEATURE_NORMS = ("none", "rms")
 
 
 class ResidualBlock(nn.Module):
@@ -140,8 +142,10 @@ class ResNet(nn.Module):
         image_size: int,
         make_norm: Callable[[int], nn.Module],
         zero_last_scale: bool,
+        feature_norm: str = "none",
     ) -> None:
         super().__init__()
+        self.feature_norm = feature_norm
         self.in_channels = in_channels
         self.image_size = image_size
         self.smallest_side = layout.map_sides(image_size)[-1]
@@ -176,7 +180,7 @@ class ResNet(nn.Module):
         out = F.relu(normalise(self.norm, self.conv(x), blocks))
         for block in self.residual_blocks:
             out = block(out, blocks)
-        logits: Tensor = self.fc(out.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(normalise_features(out.mean(dim=(2, 3)), self.feature_norm))
         return logits
 
     def _check_batch(self, x: Tensor, blocks: DeviceBlocks | None) -> DeviceBlocks | None:
@@ -193,6 +197,18 @@ class ResNet(nn.Module):
         if isinstance(self.norm, nn.BatchNorm2d):
             check_batch(x.shape[0], self.smallest_side)
         return blocks
+
+
+def normalise_features(features: Tensor, feature_norm: str) -> Tensor:
+    """Bring what the classifier sees, ``[B, C]``, to a root mean square of one per sample.
+
+    That is ``x / |x| * sqrt(C)``, without parameters: the feature normalisation of Zhang et al.
+    2024 (arXiv 2308.09565), which keeps a federated device from lowering its loss by stretching
+    the features of its own classes. "none" returns ``features`` as they are.
+    """
+    if feature_norm == "none":
+        return features
+    return F.normalize(features, dim=1) * math.sqrt(features.shape[1])
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

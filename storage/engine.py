@@ -14,7 +14,8 @@ import os
 import random
 import sqlite3
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -30,10 +31,15 @@ READ_ONLY_OPTION = "sweep_read_only"
 """Connection execution option: this transaction reads, so it must not take the write lock."""
 
 _CREATE_ATTEMPTS = 12
+_ADVISORY_KEY = 0x5357_4545_50  # "SWEEP"
 
 
 class StorageError(Exception):
     """A storage that cannot be used as asked; the message is one line and says what to do."""
+
+
+class EmptyStorageError(StorageError):
+    """A database that can be read and holds no sweep yet."""
 
 
 def sqlite_path(url: str) -> Path | None:
@@ -109,6 +115,35 @@ def check_url(url: str) -> URL:
     return parsed
 
 
+@contextmanager
+def exclusive(storage: BaseStorage, url: str) -> Iterator[None]:
+    """Keep other processes out of a block that creates studies.
+
+    A lock file beside a SQLite database; an advisory lock of the server on PostgreSQL. On other
+    databases nothing keeps two creations of the same sweep apart.
+
+    Args:
+        storage: the open storage.
+        url: what it was opened with.
+    """
+    from filelock import FileLock
+    from sqlalchemy import text
+
+    file = sqlite_path(url)
+    if file is not None:
+        with FileLock(f"{file}.lock"):
+            yield
+    elif sql_engine(storage).dialect.name == "postgresql":
+        with sql_engine(storage).connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _ADVISORY_KEY})
+            try:
+                yield
+            finally:
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _ADVISORY_KEY})
+    else:
+        yield
+
+
 def sql_engine(storage: BaseStorage) -> Engine:
     """Return the SQLAlchemy engine under an Optuna storage.
 
@@ -182,7 +217,7 @@ def _open_sqlite_read_only(file: Path) -> BaseStorage:
         ) from error
     _check_tables(file, names)
     if "alembic_version" not in names:
-        raise StorageError(f"{file} holds no sweep yet; start one there first")
+        raise EmptyStorageError(f"{file} holds no sweep yet; start one there first")
     url = URL.create("sqlite", database=uri, query={"mode": "ro", "uri": "true"})
     storage = _rdb_storage(
         url.render_as_string(),
@@ -318,7 +353,7 @@ def _rdb_storage(
             if create and attempt < _CREATE_ATTEMPTS and _lost_creation_race(error):
                 time.sleep(random.uniform(0.5, 1.0) * min(0.05 * 2**attempt, 2.0))
                 continue
-            raise StorageError(_cannot_open(place, error, create=create)) from error
+            raise _cannot_open(place, error, create=create) from error
         except RuntimeError as error:
             # Optuna's refusal of a foreign schema version, which names the upgrade command.
             advice = " ".join(str(error).split()).replace("$STORAGE_URL", repr(place))
@@ -338,13 +373,15 @@ def _lost_creation_race(error: BaseException) -> bool:
     )
 
 
-def _cannot_open(place: str, error: BaseException, *, create: bool) -> str:
+def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageError:
     cause = error.__cause__ if error.__cause__ is not None else error
     reason = (str(getattr(cause, "orig", cause)).strip() or type(cause).__name__).splitlines()[0]
     missing = any(word in reason for word in ("does not exist", "doesn't exist", "no such table"))
     if not create and missing:
-        return f"{place} holds no sweep yet ({reason}); start one there first"
-    return f"cannot open {place} ({reason}); check the address, the account and the network"
+        return EmptyStorageError(f"{place} holds no sweep yet ({reason}); start one there first")
+    return StorageError(
+        f"cannot open {place} ({reason}); check the address, the account and the network"
+    )
 
 
 def _missing_driver(url: str) -> str:

@@ -219,6 +219,7 @@ class _TrialTable:
         self._trials: Table = models.TrialModel.__table__
         self._attrs: Table = models.TrialSystemAttributeModel.__table__
         self._values: Table = models.TrialValueModel.__table__
+        self._intermediate: Table = models.TrialIntermediateValueModel.__table__
         self._finite = models.TrialValueModel.TrialValueType.FINITE
 
     def _reading(self) -> AbstractContextManager[Connection]:
@@ -476,6 +477,16 @@ class _TrialTable:
             trial_id, old, finished, state=state, value=value, completed=_utc_now()
         )
 
+    def forget_steps(self, trial_id: int, after: int) -> None:
+        """Delete the intermediate values beyond a step."""
+        from sqlalchemy import delete
+
+        columns = self._intermediate.c
+        with self._engine.begin() as connection:
+            connection.execute(
+                delete(self._intermediate).where(columns.trial_id == trial_id, columns.step > after)
+            )
+
     def beat(self, trial_id: int, token: str) -> bool:
         """Raise the beat of the lease with that token; False if the trial is not its any more."""
         from optuna.trial import TrialState
@@ -614,6 +625,19 @@ class TrialQueue:
             worker_id=self.worker_id,
             token=lease["token"],
         )
+
+    def forget_steps(self, claim: Claim, *, after: int) -> None:
+        """Remove the values that were reported for steps beyond ``after``.
+
+        For a trial that goes back to an earlier step, because the checkpoint of the later ones
+        is lost or on another machine: they will be reported again.
+
+        Raises:
+            LeaseLostError: the trial is not this worker's any more.
+        """
+        if not self.owns(claim):
+            raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+        with_retries(lambda: self._table.forget_steps(claim.trial_id, after))
 
     def requeue_abandoned(self, study_ids: Sequence[int]) -> None:
         """Put back the trials whose lease has run out, without claiming any.

@@ -21,10 +21,11 @@ import typer
 from sweeps.errors import SpecError, SweepError
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from rich.console import Console
 
     from sweeps.spec import SweepSpec
-    from sweeps.studies import StoredSweep
+    from sweeps.worker import StopRequest
 
 DEFAULT_STORAGE = "sqlite:///sweep.db"
 
@@ -109,12 +110,14 @@ def worker(
 ) -> None:
     """Join a sweep that was started: pull trials until its budget is met."""
     from sweeps.run import run_worker
+    from sweeps.worker import StopRequest
 
-    stop = threading.Event()
+    stop = StopRequest()
     received: list[int] = []
 
     def on_signal(number: int, _frame: object) -> None:
-        if received:
+        # A launcher's own request may come twice, from it and from whoever stopped it.
+        if received and not child:
             os._exit(130)
         received.append(number)
         stop.set()
@@ -139,36 +142,31 @@ def worker(
 def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     """List the presets, and the sweeps that the store holds."""
     from rich.table import Table
+    from rich.text import Text
 
     from sweeps import spec
-    from sweeps.studies import shown_url
+    from sweeps.studies import shown_url, stored_names
 
     presets = {}
     for preset in spec.presets():
         presets[preset] = str(spec.read_table(preset)[0].get("question", ""))
-    stored = _stored_or_none(storage_url)
+    store = _store_if_any(storage_url)
+    stored = stored_names(store) if store else []
     if as_json:
-        found = [
-            {"name": s.spec.name, "question": s.spec.question, "studies": len(s.studies)}
-            for s in stored.values()
-        ]
         rows = [{"name": n, "question": q} for n, q in presets.items()]
-        _print_json({"presets": rows, "stored": found})
+        _print_json({"presets": rows, "stored": [{"name": n} for n in stored]})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("preset", no_wrap=True)
     table.add_column("question")
     for preset, question in presets.items():
-        table.add_row(preset, question)
+        table.add_row(preset, Text(question))
     _stdout().print(table)
     if stored:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column(f"in {shown_url(storage_url)}", no_wrap=True)
-        table.add_column("studies", justify="right")
-        for kept in stored.values():
-            table.add_row(kept.spec.name, str(len(kept.studies)))
         _stdout().print()
-        _stdout().print(table)
+        _stdout().print(f"in {shown_url(storage_url)}", style="dim", markup=False, highlight=False)
+        for kept in stored:
+            _stdout().print(kept, markup=False, highlight=False)
 
 
 @app.command(rich_help_panel="Look")
@@ -198,11 +196,11 @@ def status(
     from storage.engine import open_storage
     from sweeps.report import answer_table, outcome_lines
     from sweeps.status import read_status
-    from sweeps.studies import shown_url, stored_sweep, stored_sweeps
+    from sweeps.studies import shown_url, stored_names, stored_sweep
 
     _quiet_libraries()
     store = open_storage(storage_url, read_only=True)
-    sweeps = [stored_sweep(store, sweep)] if sweep else list(stored_sweeps(store).values())
+    sweeps = [stored_sweep(store, name) for name in ([sweep] if sweep else stored_names(store))]
     statuses = [read_status(store, s) for s in sweeps]
     if as_json:
         _print_json(statuses[0].as_dict() if sweep else [s.as_dict() for s in statuses])
@@ -214,6 +212,33 @@ def status(
         out.print(answer_table(found))
         for line in outcome_lines(found):
             out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel="Look")
+def report(
+    sweeps: Annotated[
+        list[str], typer.Argument(metavar="SWEEP...", help="Sweeps in the store, one or more.")
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder to write to. Default: NAME-report, here."),
+    ] = None,
+    storage_url: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Write the answer as a page: in words, in tables, in figures. Several sweeps share them."""
+    import gc
+
+    # All that is read stays until the end: looking for garbage in it takes a third of the time.
+    gc.disable()
+    from storage.engine import open_storage
+    from sweeps.page import default_folder, write_report
+    from sweeps.studies import stored_sweep
+
+    _quiet_libraries()
+    store = open_storage(storage_url, read_only=True)
+    names = list(dict.fromkeys(sweeps))
+    found = [stored_sweep(store, name) for name in names]
+    typer.echo(write_report(store, found, folder or default_folder(names)))
 
 
 @app.command(rich_help_panel="Look")
@@ -264,8 +289,12 @@ def main() -> None:
         if isinstance(error, usage_error):
             message = str(error.format_message())  # type: ignore[attr-defined]
             _fail(f"{message.rstrip('.')}; sweep --help lists what there is", 2)
-        if type(error).__name__ in ("StorageError", "DataError", "CheckpointError"):
+        # By name, as importing the leaves' own errors would load PyTorch for every mistake.
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if names & {"StorageError", "DataError", "CheckpointError"}:
             _fail(error, 1)
+        if names & {"SQLAlchemyError", "StorageInternalError"}:
+            _fail(f"the database failed: {str(error).splitlines()[0]}", 1)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -280,32 +309,30 @@ def _load(
 ) -> SweepSpec:
     """A preset or a file; failing these, a sweep that the store has under this name."""
     from sweeps import spec
+    from sweeps.studies import stored_names, stored_sweep
 
     if not sweep.endswith(".toml") and sweep not in spec.presets():
-        stored = _stored_or_none(storage_url)
-        if sweep in stored and not (quick or overrides or name):
-            return stored[sweep].spec
+        store = _store_if_any(storage_url)
+        if store and sweep in stored_names(store) and not (quick or overrides or name):
+            return stored_sweep(store, sweep).spec
     return spec.load(sweep, quick=quick, overrides=overrides or (), rename=name)
 
 
-def _stored_or_none(storage_url: str) -> dict[str, StoredSweep]:
-    """The sweeps of the store; none where there is no store yet."""
-    from storage.engine import StorageError, open_storage, sqlite_path
-    from sweeps.studies import stored_sweeps
+def _store_if_any(storage_url: str) -> BaseStorage | None:
+    """The store, to read from; None where there is none yet."""
+    from storage.engine import EmptyStorageError, open_storage, sqlite_path
 
     path = sqlite_path(storage_url)
     if path is not None and not path.exists():
-        return {}
+        return None
     _quiet_libraries()
     try:
-        return stored_sweeps(open_storage(storage_url, read_only=True))
-    except StorageError as error:
-        if "holds no sweep yet" in str(error):
-            return {}
-        raise
+        return open_storage(storage_url, read_only=True)
+    except EmptyStorageError:
+        return None
 
 
-def _stop_with_parent(stop: threading.Event) -> None:
+def _stop_with_parent(stop: StopRequest) -> None:
     """The launching process holds the other end of stdin: its end is ours."""
     # The raw descriptor: a thread inside a buffered reader would block the interpreter's end.
     while os.read(0, 1024):

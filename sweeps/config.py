@@ -77,9 +77,10 @@ class Setting:
             return value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise problem
-        if self.kind is int and value != int(value):
+        # The bound keeps whole numbers of any length out of floating point's way.
+        if not -1e18 <= value <= 1e18 or not self.low <= value <= self.high or value <= self.above:
             raise problem
-        if not math.isfinite(value) or not self.low <= value <= self.high or value <= self.above:
+        if self.kind is int and value != int(value):
             raise problem
         return int(value) if self.kind is int else float(value)
 
@@ -90,11 +91,14 @@ def _setting(default: Value, doc: str, kind: type, **limits: Any) -> Any:
 
 DATASETS = ("cifar10", "digits", "images")
 MODELS = ("resnet8", "resnet18", "resnet20")
+FEATURE_NORMS = ("none", "rms")
 NORMS = ("batch", "sync-batch", "group", "layer", "instance", "fixup")
 SPLITS = ("iid", "classes", "dirichlet")
 ASSIGNMENTS = ("pairs", "ring")
 AUGMENTS = ("none", "crop", "crop-flip")
-ALGORITHMS = ("sync-sgd",)
+ALGORITHMS = ("sync-sgd", "fedavg", "scaffold")
+LOCAL_MOMENTA = ("average", "keep", "reset")
+SERVER_OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("plateau", "cosine", "constant")
 
 
@@ -166,6 +170,14 @@ class TrialConfig:
         choices=("mean", "total"),
     )
 
+    feature_norm: str = _setting(
+        "none",
+        "What the classifier sees: `none`, the pooled features as they are, or `rms`, each "
+        "image's brought to one length, which keeps devices with few classes closer together.",
+        str,
+        choices=FEATURE_NORMS,
+    )
+
     num_devices: int = _setting(10, "Simulated devices (D).", int, low=1, high=1000)
     split: str = _setting("classes", "How the images are divided.", str, choices=SPLITS)
     classes_per_device: int = _setting(2, "Classes that a device holds (`classes`).", int, low=1)
@@ -184,7 +196,52 @@ class TrialConfig:
     )
 
     algorithm: str = _setting(
-        "sync-sgd", "What the devices do together in a round.", str, choices=ALGORITHMS
+        "sync-sgd",
+        "What the devices do together: `sync-sgd`, one step on the averaged gradient; `fedavg`, "
+        "`local_steps` on weights of their own, which are then averaged; `scaffold`, the same "
+        "with control variates against their drift.",
+        str,
+        choices=ALGORITHMS,
+    )
+    local_steps: int = _setting(
+        1,
+        "Updates that each device takes on its own weights between two averages (H of `fedavg` "
+        "and `scaffold`).",
+        int,
+        low=1,
+    )
+    local_momentum: str = _setting(
+        "average",
+        "What an average does to the devices' momentum: averages it as well, leaves each device "
+        "its own, or sets it to zero.",
+        str,
+        choices=LOCAL_MOMENTA,
+    )
+    proximal_mu: float = _setting(
+        0.0, "FedProx: pull of the last average on the local weights (μ); 0 is none.", float, low=0
+    )
+    server_optimizer: str = _setting(
+        "sgd",
+        "What the server does with the mean change of the devices' weights: `sgd` takes it as a "
+        "step (FedAvg; FedAvgM with `server_momentum`), `adam` adapts it (FedAdam).",
+        str,
+        choices=SERVER_OPTIMIZERS,
+    )
+    server_lr: float = _setting(
+        1.0, "Learning rate of the server; FedAvg has 1, FedAdam needs about 0.01.", float, above=0
+    )
+    server_momentum: float = _setting(
+        0.0,
+        "Momentum of the server: β of FedAvgM, β₁ of FedAdam (its authors use 0.9).",
+        float,
+        low=0,
+        high=0.9999,
+    )
+    server_beta2: float = _setting(
+        0.99, "FedAdam's decay of the squared changes (β₂).", float, low=0, high=0.9999
+    )
+    server_epsilon: float = _setting(
+        1e-3, "FedAdam's adaptivity (τ): smaller adapts more.", float, above=0
     )
     global_batch_size: int = _setting(
         320, "Images of one update, over all devices (B).", int, low=1
@@ -279,10 +336,32 @@ class TrialConfig:
                 f"global_batch_size = {self.global_batch_size} is too small for num_devices = "
                 f"{self.num_devices}; accepted: from {fewest}, {why}"
             )
+        self._check_algorithm()
         if self.noise_std and self.dataset != "digits":
             raise SpecError(
                 f"noise_std = {self.noise_std:g} has no meaning for dataset = {self.dataset!r}; "
                 "it belongs to dataset = 'digits'"
+            )
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm == "sync-sgd":
+            if self.local_steps != 1:
+                raise SpecError(
+                    f"local_steps = {self.local_steps} has no meaning for algorithm = 'sync-sgd', "
+                    "whose devices average in every step; it belongs to 'fedavg' and 'scaffold'"
+                )
+            return
+        if self.global_batch_size % self.num_devices:
+            raise SpecError(
+                f"global_batch_size = {self.global_batch_size} does not give num_devices = "
+                f"{self.num_devices} equal local batches; accepted with algorithm = "
+                f"{self.algorithm!r}: its multiples"
+            )
+        if self.norm == "sync-batch":
+            raise SpecError(
+                f"norm = 'sync-batch' has no meaning for algorithm = {self.algorithm!r}: devices "
+                "that average their weights now and then share no statistics in between; "
+                "accepted: the other norms"
             )
 
     def as_dict(self) -> dict[str, Value]:

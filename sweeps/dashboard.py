@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -54,6 +55,8 @@ def make_dashboard(url: str, host: str, port: int, *, writable: bool) -> WSGISer
     return make_server(host, port, application, server_class=_Server, handler_class=QuietHandler)
 
 
-class _Server(WSGIServer):
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection: browsers keep idle ones open."""
+
     daemon_threads = True
     allow_reuse_address = True

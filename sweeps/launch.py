@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_RESTARTS = 3
@@ -27,22 +27,24 @@ class Slot:
     threads: int
 
 
-def plan_slots(workers: int | None, threads: int) -> list[Slot]:
+def plan_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
     """Divide this machine among workers.
 
     Args:
         workers: how many; None is one for each GPU, or without one, as many as there are cores
             for.
         threads: CPU threads that a worker without a GPU is meant to have.
+        trials: how many are left; more workers than that would have nothing to do.
     """
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     gpus = torch.cuda.device_count()
-    count = workers or gpus or max(1, cores // threads)
+    count = min(workers or gpus or max(1, cores // threads), max(1, trials))
     devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(count)]
-    return [Slot(device, max(1, cores // count)) for device in devices]
+    share = max(1, cores // count)
+    return [Slot(device, share if gpus else min(threads, share)) for device in devices]
 
 
 class LocalWorkers:
@@ -51,14 +53,20 @@ class LocalWorkers:
     Args:
         slots: one process each.
         command: arguments of the `sweep` command for a worker, without its slot's.
+        variables: environment variables for the workers, beside this process's own.
         say: receives what workers print, line by line, from threads of this object's.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], command: Sequence[str], say: Callable[[str], None]
+        self,
+        slots: Sequence[Slot],
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        say: Callable[[str], None],
     ) -> None:
         self._slots = list(slots)
         self._command = list(command)
+        self._variables = dict(variables)
         self._say = say
         self._processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
@@ -118,16 +126,16 @@ class LocalWorkers:
             ],
             env={
                 **os.environ,
+                **self._variables,
                 "OMP_NUM_THREADS": threads,
                 "MKL_NUM_THREADS": threads,
-                # cuBLAS gives equal sums every time only with a workspace of fixed size.
-                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             },
             # Its end tells the worker that this process is gone.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             # Ctrl-C reaches this process alone, which passes it on.
             start_new_session=True,
         )

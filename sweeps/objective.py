@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from data.splits import split_devices
 from models import build_model, parameter_groups
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig, Value
+from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import EpochResult, Training, evaluate
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
 from sweeps.training.schedule import Schedule
@@ -41,16 +43,12 @@ class Progress:
         step: completed epochs of the trial over all its seeds, from 1.
         score: what the pruner compares: validation accuracy (0 to 1), averaged with the final
             accuracies of the seeds before. Trials at the same step are averages of equally many.
-        seed: the training's own seed.
         result: the epoch.
-        resumed: whether the epoch was trained by an earlier attempt.
     """
 
     step: int
     score: float
-    seed: int
     result: EpochResult
-    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Objective:
             config: what to train; its `seed` is the first.
             seeds: how many trainings.
             on_epoch: hears of every epoch in order. After a resume it hears again of those that
-                earlier attempts completed, marked as resumed. What it raises ends the trial.
+                earlier attempts completed. What it raises ends the trial.
             should_stop: asked between two updates.
             checkpoints: where each completed epoch is kept; None keeps nothing.
             key: the checkpoint's name.
@@ -114,18 +112,19 @@ class Objective:
         ]
         for index, history in enumerate(finished):
             for result in history:
-                on_epoch(self._progress(config, finished[:index], result, resumed=True))
+                on_epoch(self._progress(config, finished[:index], result))
         for index in range(len(finished), seeds):
             training = self._training(config, config.seed + index, should_stop)
             if state["training"] is not None:
                 training.load_state_dict(state["training"])
                 state["training"] = None
             for result in training.history:
-                on_epoch(self._progress(config, finished, result, resumed=True))
+                on_epoch(self._progress(config, finished, result))
             for result in training.run():
                 if checkpoints is not None:
                     kept = {
                         "config": config.as_dict(),
+                        "data_fingerprint": self._dataset.fingerprint,
                         "finished": [[vars(r) for r in history] for history in finished],
                         "training": training.state_dict(),
                     }
@@ -139,17 +138,19 @@ class Objective:
         config: TrialConfig,
         finished: list[list[EpochResult]],
         result: EpochResult,
-        *,
-        resumed: bool = False,
     ) -> Progress:
         accuracies = [h[-1].val_accuracy for h in finished] + [result.val_accuracy]
         return Progress(
             step=len(finished) * config.epochs + result.epoch,
             score=sum(accuracies) / len(accuracies),
-            seed=config.seed + len(finished),
             result=result,
-            resumed=resumed,
         )
+
+    def completed_steps(self, config: TrialConfig, checkpoints: CheckpointStore, key: str) -> int:
+        """How many epochs, over all seeds, `run` would not train again."""
+        state = self._load(config, checkpoints, key)
+        running = len(state["training"]["history"]) if state["training"] else 0
+        return len(state["finished"]) * config.epochs + running
 
     def _load(
         self, config: TrialConfig, checkpoints: CheckpointStore | None, key: str
@@ -158,17 +159,26 @@ class Objective:
         state = checkpoints.load(key) if checkpoints is not None else None
         if state is None:
             return fresh
-        if state.get("config") != config.as_dict():
-            logger.warning("the checkpoint of %s is of another config; starting anew", key)
+        of = (state.get("config"), state.get("data_fingerprint"))
+        if of != (config.as_dict(), self._dataset.fingerprint):
+            logger.warning("the checkpoint of %s is of other settings; starting anew", key)
             return fresh
         return state
 
-    def build(self, config: TrialConfig, seed: int) -> tuple[nn.Module, DeviceBatches]:
-        """The network of a config and the batches that it trains on.
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the data set's images and labels."""
+        return self._dataset.fingerprint
+
+    def check(self, config: TrialConfig) -> None:
+        """Divide the data and build the network of a config, as a trial of it would.
 
         Raises:
             ValueError: if the config asks for what the splits or the models cannot do.
         """
+        self._model(config, config.seed)
+
+    def _model(self, config: TrialConfig, seed: int) -> nn.Module:
         prepared = self._prepare(config)
         memory_format = _memory_format(config, self._device)
         channels, image_size = prepared.train_images.shape[1:3]
@@ -182,10 +192,14 @@ class Objective:
             width_factor=config.width_factor,
             num_groups=config.num_groups,
             batch_statistics=config.batch_statistics,
+            feature_norm=config.feature_norm,
             seed=seed,
         )
-        model = model.to(self._device).to(memory_format=memory_format).train()
-        batches = DeviceBatches(
+        return model.to(self._device).to(memory_format=memory_format).train()
+
+    def _batches(self, config: TrialConfig, seed: int) -> DeviceBatches:
+        prepared = self._prepare(config)
+        return DeviceBatches(
             prepared.train_images,
             prepared.train_labels,
             prepared.shards,
@@ -194,16 +208,15 @@ class Objective:
             augment=config.augment,
             crop_padding=config.crop_padding,
             device=self._device,
-            channels_last=memory_format is torch.channels_last,
+            channels_last=_memory_format(config, self._device) is torch.channels_last,
             mean=prepared.mean,
             std=prepared.std,
         )
-        return model, batches
 
     def _training(
         self, config: TrialConfig, seed: int, should_stop: Callable[[], bool]
     ) -> Training:
-        model, batches = self.build(config, seed)
+        model, batches = self._model(config, seed), self._batches(config, seed)
         prepared = self._prepare(config)
         clip = config.clip_grad_norm
         settings = SGDSettings(
@@ -214,7 +227,19 @@ class Objective:
             clip_grad_norm=None if isinstance(clip, str) else clip,
         )
         dtype = _autocast_dtype(config, self._device)
-        algorithm = SynchronousSGD(model, parameter_groups(model), settings, autocast_dtype=dtype)
+        groups = parameter_groups(model)
+        algorithm: SynchronousSGD | FederatedAveraging
+        if config.algorithm == "sync-sgd":
+            algorithm = SynchronousSGD(model, groups, settings, autocast_dtype=dtype)
+        else:
+            algorithm = FederatedAveraging(
+                model,
+                groups,
+                settings,
+                _federated_settings(config),
+                num_devices=config.num_devices,
+                autocast_dtype=dtype,
+            )
         updates = batches.updates_per_epoch
         schedule = Schedule(
             peak_lr=config.peak_lr,
@@ -230,11 +255,15 @@ class Objective:
             algorithm=algorithm,
             batches=batches,
             evaluate=lambda: evaluate(
-                model, prepared.val_images, prepared.val_labels, autocast_dtype=dtype
+                algorithm.global_model(),
+                prepared.val_images,
+                prepared.val_labels,
+                autocast_dtype=dtype,
             ),
             schedule=schedule,
             epochs=config.epochs,
             guess_loss=prepared.guess_loss,
+            untrained_loss=math.log(len(self._dataset.classes)),
             should_stop=should_stop,
         )
 
@@ -323,12 +352,30 @@ def prepare_process(device: torch.device, threads: int) -> None:
     """Set PyTorch up for a worker process: its threads, and the same numbers every time."""
     torch.set_num_threads(threads)
     if device.type == "cuda":
+        # cuBLAS gives equal sums every time only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
 
 
+def _federated_settings(config: TrialConfig) -> FederatedSettings:
+    return FederatedSettings(
+        local_steps=config.local_steps,
+        local_momentum=config.local_momentum,
+        proximal_mu=config.proximal_mu,
+        control_variates=config.algorithm == "scaffold",
+        server_optimizer=config.server_optimizer,
+        server_lr=config.server_lr,
+        server_momentum=config.server_momentum,
+        server_beta2=config.server_beta2,
+        server_epsilon=config.server_epsilon,
+    )
+
+
 def _memory_format(config: TrialConfig, device: torch.device) -> torch.memory_format:
+    if config.algorithm != "sync-sgd":
+        return torch.contiguous_format  # torch.func.vmap handles no other throughout
     # On CPUs PyTorch's Group Normalization is slower on channels-last tensors, which narrow
     # networks do not win back in their convolutions.
     grouped = config.norm in ("group", "layer", "instance")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from typing import Protocol
+from datetime import timedelta
+from typing import Any, Protocol
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -72,13 +74,11 @@ class LiveView:
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console,
         )
-        self._task = self._bar.add_task("trials", total=None)
-        self._started = False
+        self._task = self._bar.add_task("trials", total=None, left="")
+        self._start: tuple[float, float] | None = None
         self._live = Live(console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveView:
@@ -92,24 +92,25 @@ class LiveView:
         """Redraw."""
         total = sum(study.budget for study in status.studies)
         finished = sum(study.finished for study in status.studies)
-        running = [t for s in status.studies for t in s.trials if t.outcome == "running"]
-        done = finished + sum(min(1.0, t.step / status.steps_per_trial) for t in running)
-        if not self._started:
-            # What earlier runs did must not count into this run's speed.
-            self._bar.reset(self._task, total=total, completed=0)
-            self._started, self._before = True, done
-            self._bar.update(self._task, total=total - done)
+        done = finished + sum(
+            min(1.0, trial.step / study.steps_per_trial)
+            for study in status.studies
+            for trial in study.trials
+            if trial.outcome == "running"
+        )
         self._bar.update(
             self._task,
-            completed=max(0.0, done - self._before),
+            total=total,
+            completed=done,
             description=f"{finished} of {total} trials",
+            left=self._time_left(done, total),
         )
         self._live.update(
             Group(
                 Text(f"{status.name}: {status.question}", style="bold"),
+                self._bar,
                 study_table(status),
                 _running_table(status),
-                self._bar,
                 Text("Ctrl-C stops and keeps everything; start again to go on.", style="dim"),
             )
         )
@@ -117,6 +118,17 @@ class LiveView:
     def say(self, line: str) -> None:
         """Print one line above the view."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _time_left(self, done: float, total: int) -> str:
+        """By the speed since this run began; what earlier runs did must not count into it."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, done)
+        began, before = self._start
+        if done - before < 0.05:
+            return "time left: –"
+        seconds = (now - began) * (total - done) / (done - before)
+        return f"about {timedelta(seconds=round(max(0.0, seconds)))} left"
 
 
 def describe(trial: TrialStatus) -> str:
@@ -142,9 +154,17 @@ def describe_params(params: Mapping[str, Value]) -> str:
     )
 
 
+class PlainTable(Table):
+    """A table whose cells are text: what users call their tries is no markup."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """Add a row; a `str` stands for itself."""
+        super().add_row(*(Text(c) if isinstance(c, str) else c for c in cells), **options)
+
+
 def study_table(status: SweepStatus) -> Table:
     """Each study's trials by outcome and its best so far."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = PlainTable(box=None, pad_edge=False, header_style="dim")
     table.add_column("study", overflow="fold")
     for column in ("done", "complete", "pruned", "diverged", "failed", "running", "best"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -170,7 +190,7 @@ def _study_row(status: SweepStatus, study: StudyStatus) -> list[str]:
 
 
 def _running_table(status: SweepStatus) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = PlainTable(box=None, pad_edge=False, header_style="dim")
     for column in ("worker", "study", "trial"):
         table.add_column(column, no_wrap=True)
     for column in ("epoch", "accuracy", "images/s"):
@@ -182,7 +202,7 @@ def _running_table(status: SweepStatus) -> Table:
                     trial.worker,
                     study.name.removeprefix(f"{status.name}/"),
                     f"#{trial.number}",
-                    f"{trial.step}/{status.steps_per_trial}",
+                    f"{trial.step}/{study.steps_per_trial}",
                     f"{trial.accuracy:.4f}" if trial.accuracy is not None else "–",
                     f"{trial.images_per_second:,.0f}" if trial.images_per_second else "–",
                 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich.table import Table
+from rich.text import Text
 
 from sweeps.progress import describe_params
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
@@ -16,42 +19,92 @@ VALIDATION_NOTE = {
 }
 
 
-def answer_table(status: SweepStatus) -> Table:
+@dataclass(frozen=True)
+class AnswerRow:
+    """One row of the answer.
+
+    Attributes:
+        study: the study's name, without the sweep's.
+        setting: "best", or the label of a `[[try]]`.
+        trial: None where no trial of the study has completed and none is labelled.
+    """
+
+    study: str
+    setting: str
+    trial: TrialStatus | None
+
+    def cells(self, status: SweepStatus) -> list[str]:
+        """Its text under each of `answer_columns`."""
+        if self.trial is None:
+            return [self.study, self.setting, "", "", "", *([""] if status.searched else [])]
+        cells = [
+            self.study, self.setting, f"#{self.trial.number}", self.trial.outcome,
+            _accuracy(self.trial),
+        ]  # fmt: skip
+        return [*cells, describe_params(self.trial.params)] if status.searched else cells
+
+
+def answer_columns(status: SweepStatus) -> list[str]:
+    """What the answer says of each row."""
+    columns = ["study", "setting", "trial", "outcome", "accuracy"]
+    return [*columns, "searched settings"] if status.searched else columns
+
+
+def answer_rows(status: SweepStatus) -> list[list[AnswerRow]]:
     """For each study: the best complete trial, then every labelled `[[try]]`."""
-    table = Table(title=status.title or status.name, title_justify="left", caption_justify="left")
-    table.add_column("study", overflow="fold")
-    table.add_column("setting", overflow="fold")
-    table.add_column("trial", justify="right", no_wrap=True)
-    table.add_column("outcome", no_wrap=True)
-    table.add_column("accuracy", justify="right", no_wrap=True)
-    if status.searched:
-        table.add_column("searched settings", overflow="fold", ratio=1)
+    found = []
     for study in status.studies:
-        rows: list[tuple[str, TrialStatus]] = []
+        name = short_name(status, study)
+        rows = [AnswerRow(name, t.label, t) for t in study.trials if t.label]
         if study.best is not None:
-            rows.append(("best", study.best))
-        rows.extend((t.label, t) for t in study.trials if t.label)
-        if not rows:
-            table.add_row(_short(status, study), "no complete trial yet")
-        for position, (setting, trial) in enumerate(rows):
-            cells = [
-                _short(status, study) if position == 0 else "",
-                setting,
-                f"#{trial.number}",
-                trial.outcome,
-                _accuracy(trial),
-            ]
-            if status.searched:
-                cells.append(describe_params(trial.params))
+            rows.insert(0, AnswerRow(name, "best", study.best))
+        found.append(rows or [AnswerRow(name, "no complete trial yet", None)])
+    return found
+
+
+def answer_note(status: SweepStatus) -> str:
+    """What the accuracies of the answer are measured on."""
+    scored: dict[str, list[str]] = {}
+    for study in status.studies:
+        scored.setdefault(study.validation, []).append(short_name(status, study))
+    note = " ".join(
+        # Studies may differ in it, where [each] says so.
+        (f"{', '.join(names)}: " if len(scored) > 1 else "") + VALIDATION_NOTE[validation]
+        for validation, names in scored.items()
+    )
+    if status.seeds > 1:
+        note += f" Each is the mean over {status.seeds} seeds."
+    return note
+
+
+def answer_table(status: SweepStatus) -> Table:
+    """The answer for a terminal."""
+    # As Text, so that no label is taken for Rich's markup.
+    title = Text(status.title or status.name, style="table.title")
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in answer_columns(status):
+        if column in ("study", "setting"):
+            table.add_column(column, overflow="fold")
+        elif column == "searched settings":
+            table.add_column(column, overflow="fold", ratio=1)
+        else:
+            right = column in ("trial", "accuracy")
+            table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for rows in answer_rows(status):
+        for position, row in enumerate(rows):
+            cells = row.cells(status)
             table.add_row(
-                *cells,
-                style="bold" if setting == "best" else None,
+                *(Text(cell) for cell in (cells if position == 0 else ["", *cells[1:]])),
+                style="bold" if row.setting == "best" else None,
                 end_section=position == len(rows) - 1,
             )
-    table.caption = VALIDATION_NOTE[status.validation]
-    if status.seeds > 1:
-        table.caption += f" Each is the mean over {status.seeds} seeds."
+    table.caption = answer_note(status)
     return table
+
+
+def short_name(status: SweepStatus, study: StudyStatus) -> str:
+    """A study's name within its sweep."""
+    return study.name.removeprefix(f"{status.name}/")
 
 
 def outcome_lines(status: SweepStatus) -> list[str]:
@@ -67,10 +120,6 @@ def outcome_lines(status: SweepStatus) -> list[str]:
         lines.append(line)
         lines.extend(f"  #{t.number} {t.outcome}: {t.reason}" for t in study.trials if t.reason)
     return lines
-
-
-def _short(status: SweepStatus, study: StudyStatus) -> str:
-    return study.name.removeprefix(f"{status.name}/")
 
 
 def _accuracy(trial: TrialStatus) -> str:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import signal
-import threading
+import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 import torch
-from filelock import FileLock
 from rich.console import Console
 
-from data.sources import Dataset
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
-from storage.engine import check_url, open_storage, sqlite_path
-from storage.trials import TrialQueue
+from storage.engine import check_url, exclusive, open_storage
+from storage.trials import TrialQueue, with_retries
 from sweeps import search
+from sweeps.config import Value
 from sweeps.errors import SpecError, SweepError
-from sweeps.launch import LocalWorkers, plan_slots
+from sweeps.launch import LocalWorkers, Slot, plan_slots
 from sweeps.objective import Objective, dataset_identity, open_dataset, prepare_process
 from sweeps.progress import open_view
 from sweeps.report import answer_table, outcome_lines
 from sweeps.spec import SweepSpec
 from sweeps.status import SweepStatus, read_status
 from sweeps.studies import create_or_resume, shown_url, stored_sweep
-from sweeps.worker import Worker, WorkerOptions, new_worker_id
+from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from optuna.storages import BaseStorage
 
 POLL_SECONDS = 0.5
 
@@ -65,40 +67,72 @@ def run_sweep(
     check_url(storage_url)
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
-    with _creation_lock(storage_url):
-        sweep = create_or_resume(store, spec, fingerprints)
+    with exclusive(store, storage_url):
+        create_or_resume(store, spec, fingerprints)
     watcher = open_storage(storage_url, read_only=True)
-    status = read_status(watcher, sweep)
-    slots = plan_slots(workers, spec.workers.threads)
-    err.print(_opening(status, storage_url, len(slots)), highlight=False, soft_wrap=True)
-    codes: list[int] = []
-    interrupted = 0
-    if not status.done:
-        command = ["worker", spec.name, "--storage", storage_url]
-        if data_dir is not None:
-            command += ["--data-dir", str(data_dir)]
-        with _signals() as signals, open_view(err) as view:
-            with LocalWorkers(slots, command, view.say) as processes:
-                codes = _supervise(
-                    processes, signals, lambda: view.update(read_status(watcher, sweep)), view.say
-                )
-            interrupted = len(signals.received)
-            view.update(read_status(watcher, sweep))
-        # Workers that were ended by force have left their trials to the queue's keeper.
-        TrialQueue(store, worker_id=new_worker_id("start")).requeue_abandoned(
-            [study.study_id for study in sweep.studies]
-        )
-    status = read_status(watcher, sweep)
-    _print_answer(status, storage_url, again, out)
-    if status.done:
-        return 0
-    if interrupted:
-        return 130
+
+    def read() -> SweepStatus:
+        # Anew each time: another terminal may have raised the budget.
+        return with_retries(lambda: read_status(watcher, stored_sweep(watcher, spec.name)))
+
+    status = read()
+    left = sum(study.budget - study.finished for study in status.studies)
+    slots = plan_slots(workers, spec.workers.threads, left)
     err.print(
-        f"sweep: workers ended with status {', '.join(map(str, codes))} before the budget was "
-        "met; what they said stands above",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        _opening(status, storage_url, len(slots)), highlight=False, markup=False, soft_wrap=True
+    )
+    code = 0
+    if not status.done:
+        code = _run_workers(spec.name, store, storage_url, data_dir, slots, read, err)
+    status = read()
+    _print_answer(status, storage_url, again.replace(storage_url, shown_url(storage_url)), out)
+    if not status.done:
+        return code
+    hopeless = [s.name for s in status.studies if s.count("failed") == s.finished]
+    if hopeless:
+        err.print(
+            f"sweep: every trial failed in {', '.join(hopeless)}; the reasons stand above",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    return 1 if hopeless else 0
+
+
+def _run_workers(
+    name: str,
+    store: BaseStorage,
+    storage_url: str,
+    data_dir: Path | None,
+    slots: list[Slot],
+    read: Callable[[], SweepStatus],
+    err: Console,
+) -> int:
+    """Run worker processes until they end; show what they do.
+
+    Returns:
+        The exit status if the budget is not met then: 130 after an interruption, else 1.
+    """
+    command = ["worker", name]
+    if data_dir is not None:
+        command += ["--data-dir", str(data_dir)]
+    # Not as an argument, which every user of the machine could read: it may hold a password.
+    variables = {"SWEEP_STORAGE": storage_url}
+    try:
+        with _signals() as signals, open_view(err) as view:
+            with LocalWorkers(slots, command, variables, view.say) as processes:
+                codes = _supervise(processes, signals, lambda: view.update(read()), view.say)
+            view.update(read())
+    finally:
+        # Workers that were ended by force have left their trials RUNNING.
+        study_ids = [study.study_id for study in stored_sweep(store, name).studies]
+        TrialQueue(store, worker_id=new_worker_id("start")).requeue_abandoned(study_ids)
+    if signals.received:
+        return 130
+    if not read().done:
+        err.print(
+            f"sweep: workers ended with status {', '.join(map(str, codes))} before the budget "
+            "was met; what they said stands above",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     return 1
 
 
@@ -110,7 +144,7 @@ def run_worker(
     device: str | None,
     threads: int | None,
     lease_seconds: float,
-    stop: threading.Event,
+    stop: StopRequest,
 ) -> None:
     """Pull trials of a stored sweep in this process until its budget is met or `stop` is set.
 
@@ -139,11 +173,9 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self.woken = threading.Event()
 
     def __call__(self, number: int, _frame: object) -> None:
         self.received.append(number)
-        self.woken.set()
 
 
 @contextmanager
@@ -170,8 +202,7 @@ def _supervise(
         update()
         if codes is not None:
             return codes
-        signals.woken.wait(POLL_SECONDS)
-        signals.woken.clear()
+        time.sleep(POLL_SECONDS)
         if len(signals.received) > handled:
             handled = len(signals.received)
             if handled == 1:
@@ -183,23 +214,47 @@ def _supervise(
                 processes.kill()
 
 
+# Settings that the splits or the models may refuse.
+STRUCTURAL = (
+    "model", "width_factor", "norm", "num_groups", "batch_statistics", "num_devices", "split",
+    "classes_per_device", "assignment", "alpha", "min_images_per_device", "algorithm",
+)  # fmt: skip
+MAX_STRUCTURES = 64
+
+
 def _check_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> list[str]:
-    """Load each cell's data set and try its split and model; return the fingerprints."""
-    datasets: dict[Any, Dataset] = {}
+    """Load each cell's data set and try its splits and models; return the fingerprints."""
+    objectives: dict[Any, Objective] = {}
     fingerprints = []
     for cell in spec.cells:
         config = spec.config(cell, spec.lowest_params())
         identity = dataset_identity(config)
-        if identity not in datasets:
-            datasets[identity] = open_dataset(
-                config, data_dir, lambda line: err.print(line, highlight=False, soft_wrap=True)
+        if identity not in objectives:
+            dataset = open_dataset(
+                config,
+                data_dir,
+                lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
             )
-        try:
-            Objective(datasets[identity], torch.device("cpu")).build(config, config.seed)
-        except ValueError as error:
-            raise SpecError(f"{spec.study_name(cell)}: {error}") from error
-        fingerprints.append(datasets[identity].fingerprint)
+            objectives[identity] = Objective(dataset, torch.device("cpu"))
+        for params in _structures(spec):
+            try:
+                objectives[identity].check(spec.config(cell, params))
+            except ValueError as error:
+                raise SpecError(f"{spec.study_name(cell)}: {error}") from error
+        fingerprints.append(objectives[identity].fingerprint)
     return fingerprints
+
+
+def _structures(spec: SweepSpec) -> Iterator[dict[str, Value]]:
+    """Points of the search space that differ in what splits and models are made from."""
+    lowest = spec.lowest_params()
+    axes = [
+        [(name, value) for value in space.values()]
+        for name, space in spec.search.items()
+        if name in STRUCTURAL
+    ]
+    for combination in itertools.islice(itertools.product(*axes), MAX_STRUCTURES):
+        yield {**lowest, **dict(combination)}
 
 
 def _device(name: str | None) -> torch.device:
@@ -217,19 +272,21 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _creation_lock(storage_url: str) -> Any:
-    path = sqlite_path(storage_url)
-    return FileLock(f"{path}.lock") if path is not None else nullcontext()
-
-
 def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
     finished = sum(study.finished for study in status.studies)
     total = sum(study.budget for study in status.studies)
     going_on = f", {finished} of them done" if finished else ""
+    on_test = any(study.validation == "test" for study in status.studies)
+    scored = "; scored on the test images" if on_test else ""
     return (
-        f"{status.name}: {len(status.studies)} studies, {total} trials{going_on}; "
-        f"{workers} worker{'s' if workers > 1 else ''}; store {shown_url(storage_url)}"
+        f"{status.name}: {_plural(len(status.studies), 'study', 'studies')}, "
+        f"{_plural(total, 'trial')}{going_on}; {_plural(workers, 'worker')}; "
+        f"store {shown_url(storage_url)}{scored}"
     )
+
+
+def _plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _print_answer(status: SweepStatus, storage_url: str, again: str, out: Console) -> None:
@@ -237,9 +294,10 @@ def _print_answer(status: SweepStatus, storage_url: str, again: str, out: Consol
     out.print(answer_table(status))
     for line in outcome_lines(status):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    where = shlex.join(["--storage", storage_url])
+    where = shlex.join(["--storage", shown_url(storage_url)])
     lines = {
         "look again": f"sweep status {status.name} {where}",
+        "report": f"sweep report {status.name} {where}",
         "inspect": f"sweep dashboard {where}",
     }
     if not status.done:

@@ -87,6 +87,8 @@ def build_sampler(spec: SweepSpec, study_name: str, number: int) -> BaseSampler:
     import optuna
 
     arguments = {k: v for k, v in spec.sampler.items() if k != "type"}
+    if spec.sampler["type"] == "QMCSampler":
+        number = 0  # one low-discrepancy sequence a study; the store counts its points
     arguments["seed"] = trial_seed(spec.sampler["seed"], study_name, number)
     built: BaseSampler = _build(
         optuna.samplers, "sampler", spec.sampler["type"], SAMPLERS, arguments
@@ -94,8 +96,8 @@ def build_sampler(spec: SweepSpec, study_name: str, number: int) -> BaseSampler:
     return built
 
 
-def build_pruner(spec: SweepSpec) -> BasePruner:
-    """The pruner of every study of a sweep.
+def build_pruner(spec: SweepSpec, cell: Mapping[str, Value]) -> BasePruner:
+    """The pruner of the study of a cell.
 
     Raises:
         SpecError: if `[pruner]` names no pruner that is offered, or unknown arguments.
@@ -108,27 +110,39 @@ def build_pruner(spec: SweepSpec) -> BasePruner:
         # Their "auto" is worked out by each process for itself and differs between workers.
         arguments.setdefault("min_resource", 1)
         if kind == "HyperbandPruner":
-            arguments.setdefault("max_resource", _longest(spec))
+            config = spec.config(cell, spec.lowest_params())
+            arguments.setdefault("max_resource", config.epochs * spec.budget.seeds)
     if kind == "PatientPruner":
+        if "wrapped_pruner" in arguments:
+            raise SpecError("[pruner] wrapped_pruner cannot be given in a file; leave it out")
         arguments.setdefault("wrapped_pruner", None)
     built: BasePruner = _build(optuna.pruners, "pruner", kind, PRUNERS, arguments)
     return built
 
 
 def check(spec: SweepSpec) -> None:
-    """Build sampler and pruner once, so that a mistake in them shows before anything runs.
+    """Ask sampler and pruner once, so that a mistake in them shows before anything runs.
 
     Raises:
-        SpecError: as `build_sampler` and `build_pruner` do.
+        SpecError: as `build_sampler` and `build_pruner` do, or if they fail when asked.
     """
-    build_sampler(spec, spec.name, 0)
-    build_pruner(spec)
+    import optuna
 
-
-def _longest(spec: SweepSpec) -> int:
-    """Epochs of a trial that is not pruned, over all its seeds."""
-    epochs = [spec.config(cell, spec.lowest_params()).epochs for cell in spec.cells]
-    return max(epochs) * spec.budget.seeds
+    sampler, pruner = build_sampler(spec, spec.name, 0), build_pruner(spec, spec.cells[0])
+    study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
+    try:
+        for _ in range(2):
+            trial = study.ask()
+            suggest(trial, spec.search)
+            trial.report(0.5, 1)
+            trial.should_prune()
+            study.tell(trial, 0.5)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError(
+            f"[sampler] {spec.sampler['type']} or [pruner] {spec.pruner['type']} fails with its "
+            f"arguments: {reason}"
+        ) from error
 
 
 def _build(

@@ -36,6 +36,9 @@ SECTIONS = ("train", "each", "search", "try", "sampler", "pruner", "budget", "wo
 TEXTS = ("title", "question", "source")
 TRY_WORDS = ("label", "when")
 
+MAX_EDGES = 4096
+"""Combinations of a search space's edges that are checked before anything runs."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -62,6 +65,16 @@ class Range:
             return True
         steps = (value - self.low) / self.step
         return math.isclose(steps, round(steps), abs_tol=1e-8)
+
+    def values(self) -> Sequence[Value]:
+        """Its choices, every whole number of it, or, of a continuous range, its two ends."""
+        if self.choices:
+            return self.choices
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return range(self.low, self.high + 1, int(self.step or 1))
+        assert self.low is not None
+        assert self.high is not None
+        return (self.low, self.high)
 
     def __str__(self) -> str:
         if self.choices:
@@ -165,6 +178,12 @@ class SweepSpec:
         """A point of the search space: every setting at its lowest."""
         return {name: min(_bounds(r), key=_order) for name, r in self.search.items()}
 
+    def edges(self) -> Iterator[dict[str, Value]]:
+        """Every combination of the searched settings' choices and ends, `MAX_EDGES` at most."""
+        combinations = itertools.product(*(_bounds(r) for r in self.search.values()))
+        for values in itertools.islice(combinations, MAX_EDGES):
+            yield dict(zip(self.search, values, strict=True))
+
     def as_dict(self) -> dict[str, Any]:
         """The spec as plain JSON values; `from_dict` reads it back."""
         return {
@@ -262,6 +281,9 @@ def load(
                 raise SpecError(f"[quick] has no key {key!r}; {nearest(key, accepted)}")
         table = _overlay(table, overlay)
         found += "-quick"
+    elif "quick" in table:
+        # A mistake in it shows now, not when somebody is in a hurry.
+        load(name, quick=True)
     table.pop("quick", None)
     for text in overrides:
         _override(table, text)
@@ -533,9 +555,14 @@ def _check_cells(spec: SweepSpec) -> None:
                 f"[[try]] entries of {spec.study_name(cell)}"
             )
         lowest = spec.lowest_params()
-        highest = {name: max(_bounds(r), key=_order) for name, r in spec.search.items()}
-        for params in (lowest, highest, *({**lowest, **t.params} for t in tried)):
-            spec.config(cell, params)
+        for params in (*spec.edges(), *({**lowest, **t.params} for t in tried)):
+            try:
+                spec.config(cell, params)
+            except SpecError as error:
+                names = [name for name in params if name in str(error)]
+                where = ", ".join(f"{name} = {params[name]}" for name in names)
+                reached = f" ([search] or [[try]] reaches {where})" if where else ""
+                raise SpecError(f"{error}{reached}") from error
 
 
 def _bounds(space: Range) -> tuple[Value, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
+from sweeps.spec import SweepSpec
 from sweeps.studies import LABEL, StoredSweep, SweepStudy
 
 if TYPE_CHECKING:
@@ -60,13 +61,18 @@ class StudyStatus:
     """One study: its budget and its trials.
 
     Attributes:
-        queued: trials that the budget still holds and nobody runs.
+        cell: the enumerated settings.
+        budget: trials that it may run.
+        validation: what scores a trial, `holdout` or `test`.
+        steps_per_trial: epochs of a trial that is not pruned, over all seeds.
         trials: all that have begun or are enqueued, within the budget.
     """
 
     name: str
     cell: Mapping[str, Value]
     budget: int
+    validation: str
+    steps_per_trial: int
     trials: Sequence[TrialStatus]
 
     def count(self, outcome: str) -> int:
@@ -92,19 +98,15 @@ class SweepStatus:
     """A sweep: what it asks and how far its studies are.
 
     Attributes:
-        validation: what scores a trial, `holdout` or `test`.
         searched: the settings that the sampler suggests.
         seeds: trainings that a trial's accuracy is the mean of.
-        steps_per_trial: epochs of a trial that is not pruned, over all seeds.
     """
 
     name: str
     title: str
     question: str
-    validation: str
     searched: Sequence[str]
     seeds: int
-    steps_per_trial: int
     studies: Sequence[StudyStatus]
 
     @property
@@ -118,7 +120,6 @@ class SweepStatus:
             "name": self.name,
             "title": self.title,
             "question": self.question,
-            "validation": self.validation,
             "searched": list(self.searched),
             "seeds": self.seeds,
             "done": self.done,
@@ -127,6 +128,7 @@ class SweepStatus:
                     "name": study.name,
                     "cell": dict(study.cell),
                     "budget": study.budget,
+                    "validation": study.validation,
                     "counts": {
                         outcome: study.count(outcome)
                         for outcome in (*OUTCOMES, "running", "queued")
@@ -142,25 +144,25 @@ class SweepStatus:
 def read_status(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
     """Read a sweep's state; writes nothing and takes no lock."""
     spec = sweep.spec
-    configs = [spec.config(cell, spec.lowest_params()) for cell in spec.cells]
     return SweepStatus(
         name=spec.name,
         title=spec.title,
         question=spec.question,
-        validation=configs[0].validation,
         searched=list(spec.search),
         seeds=spec.budget.seeds,
-        steps_per_trial=max(config.epochs for config in configs) * spec.budget.seeds,
-        studies=[_read_study(store, study) for study in sweep.studies],
+        studies=[_read_study(store, spec, study) for study in sweep.studies],
     )
 
 
-def _read_study(store: BaseStorage, study: SweepStudy) -> StudyStatus:
+def _read_study(store: BaseStorage, spec: SweepSpec, study: SweepStudy) -> StudyStatus:
+    config = spec.config(study.cell, spec.lowest_params())
     trials = store.get_all_trials(study.study_id, deepcopy=False)
     return StudyStatus(
         name=study.name,
         cell=study.cell,
         budget=study.budget,
+        validation=config.validation,
+        steps_per_trial=config.epochs * spec.budget.seeds,
         trials=[_read_trial(t) for t in trials if t.number < study.budget],
     )
 

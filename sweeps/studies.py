@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sweeps.config import Value
 from sweeps.errors import SpecError, SweepError, nearest
@@ -13,6 +13,7 @@ from sweeps.spec import SweepSpec, Try, differences
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from optuna.study._frozen import FrozenStudy
 
 SWEEP = "sweep"
 SPEC = "sweep_spec"
@@ -55,28 +56,9 @@ class StoredSweep:
     studies: list[SweepStudy]
 
 
-def stored_sweeps(store: BaseStorage) -> dict[str, StoredSweep]:
-    """Every sweep that a store holds, by name; studies of other origin are left out."""
-    found: dict[str, list[tuple[int, Mapping[str, Any], SweepStudy]]] = {}
-    for study in store.get_all_studies():
-        attrs = study.user_attrs
-        if attrs.get(READY):
-            entry = SweepStudy(
-                study._study_id,
-                study.study_name,
-                attrs[CELL],
-                attrs[SPEC]["budget"]["trials"],
-                attrs[FINGERPRINT],
-            )
-            found.setdefault(attrs[SWEEP], []).append((attrs[POSITION], attrs, entry))
-    sweeps = {}
-    for name, entries in sorted(found.items()):
-        entries.sort(key=lambda entry: entry[0])
-        sweeps[name] = StoredSweep(
-            SweepSpec.from_dict(entries[0][1][SPEC]),
-            [study for _, _, study in entries],
-        )
-    return sweeps
+def stored_names(store: BaseStorage) -> list[str]:
+    """The names of the sweeps that a store holds, sorted; other studies are left out."""
+    return sorted(name for name, parts in _parts(store).items() if _is_whole(parts))
 
 
 def stored_sweep(store: BaseStorage, name: str) -> StoredSweep:
@@ -84,11 +66,40 @@ def stored_sweep(store: BaseStorage, name: str) -> StoredSweep:
 
     Raises:
         SweepError: if the store has no sweep of this name.
+        SpecError: if this version of the program cannot read its spec.
     """
-    sweeps = stored_sweeps(store)
-    if name not in sweeps:
-        raise SweepError(f"the store has no sweep {name!r}; {nearest(name, sweeps)}")
-    return sweeps[name]
+    parts = _parts(store)
+    found = parts.get(name, {})
+    if not _is_whole(found):
+        names = [other for other, its in parts.items() if _is_whole(its)]
+        raise SweepError(f"the store has no sweep {name!r}; {nearest(name, names)}")
+    spec = SweepSpec.from_dict(found[0].user_attrs[SPEC])
+    studies = [
+        SweepStudy(
+            study._study_id,
+            study.study_name,
+            study.user_attrs[CELL],
+            study.user_attrs[SPEC]["budget"]["trials"],
+            study.user_attrs[FINGERPRINT],
+        )
+        for _, study in sorted(found.items())
+    ]
+    return StoredSweep(spec, studies)
+
+
+def _parts(store: BaseStorage) -> dict[str, dict[int, FrozenStudy]]:
+    """The studies of each sweep by position, those of a creation that was cut short included."""
+    parts: dict[str, dict[int, FrozenStudy]] = {}
+    for study in store.get_all_studies():
+        attrs = study.user_attrs
+        if SPEC in attrs:
+            parts.setdefault(attrs[SWEEP], {})[attrs[POSITION]] = study
+    return parts
+
+
+def _is_whole(parts: Mapping[int, FrozenStudy]) -> bool:
+    ready = [study for study in parts.values() if READY in study.user_attrs]
+    return bool(ready) and len(ready) == len(ready[0].user_attrs[SPEC]["each"])
 
 
 def create_or_resume(
@@ -96,10 +107,10 @@ def create_or_resume(
 ) -> StoredSweep:
     """Create the studies of a sweep, or go on with those that are there.
 
-    A creation that was cut short is completed. A larger or smaller number of trials, added
-    `[[try]]` entries, the workers' share and new texts are taken over; anything that changes
-    what a trial is, or what it is compared with, is refused. The caller sees to it that one
-    process does this at a time.
+    A creation that was cut short is completed. Another number of trials, added `[[try]]`
+    entries, the workers' share and new texts are taken over; anything that changes what a trial
+    is, or what it is compared with, is refused. The caller sees to it that one process does
+    this at a time.
 
     Args:
         store: where the studies are.
@@ -107,17 +118,18 @@ def create_or_resume(
         fingerprints: of the images of each cell, in their order.
 
     Raises:
-        SpecError: if the stored spec differs in what may not change.
-        SweepError: if the sweep was begun on other images.
+        SpecError: if the stored spec differs in what may not change, or has no room for a new
+            `[[try]]`.
+        SweepError: if the sweep was begun on other images, or a study of its name is not its.
     """
-    stored = stored_sweeps(store).get(spec.name)
-    new_tries: list[Try] = []
-    if stored is not None:
-        spec, new_tries = _merge(stored.spec, spec)
-        for study, fingerprint in zip(stored.studies, fingerprints, strict=True):
-            check_fingerprint(study, fingerprint)
+    parts = _parts(store).get(spec.name, {})
+    for position, study in sorted(parts.items()):
+        _refuse_changes(SweepSpec.from_dict(study.user_attrs[SPEC]), spec)
+        check_fingerprint(study.study_name, study.user_attrs[FINGERPRINT], fingerprints[position])
+        if READY in study.user_attrs:
+            _refuse_tries_without_room(store, spec, position, study._study_id)
     for position, fingerprint in enumerate(fingerprints):
-        _create_study(store, spec, position, fingerprint, new_tries)
+        _create_study(store, spec, position, fingerprint)
     return stored_sweep(store, spec.name)
 
 
@@ -128,32 +140,33 @@ def shown_url(storage_url: str) -> str:
     return make_url(storage_url).render_as_string(hide_password=True)
 
 
-def check_fingerprint(study: SweepStudy, fingerprint: str) -> None:
+def check_fingerprint(study_name: str, stored: str, here: str) -> None:
     """Refuse images that are not those which a study was begun on.
 
     Raises:
         SweepError: if they differ.
     """
-    if fingerprint != study.fingerprint:
+    if here != stored:
         raise SweepError(
-            f"the data set here is not the one {study.name} was begun on (fingerprint "
-            f"{fingerprint[:12]}, the study's {study.fingerprint[:12]}); point --data-dir at the "
-            "same one, or begin anew under another --name"
+            f"the data set here is not the one {study_name} was begun on (fingerprint "
+            f"{here[:12]}, the study's {stored[:12]}); point --data-dir at the same one, or "
+            "begin anew under another --name"
         )
 
 
-def _merge(stored: SweepSpec, wanted: SweepSpec) -> tuple[SweepSpec, list[Try]]:
-    """The spec to go on with, and the tries that it adds; refuse what may not change."""
+def _refuse_changes(stored: SweepSpec, wanted: SweepSpec) -> None:
+    """Refuse a spec that changes what the stored trials are, naming each difference."""
     free = ("title", "question", "source", "budget.trials", "workers.threads", "try")
     changed = {
         key: values for key, values in differences(stored, wanted).items() if key not in free
     }
-    places = {(t.label, cell): t for t in stored.tries for cell in _cells_of(stored, t)}
-    for attempt in wanted.tries:
-        for cell in _cells_of(wanted, attempt):
-            before = places.get((attempt.label, cell))
-            if before is not None and before.params != attempt.params:
-                changed[f"[[try]] {attempt.label}"] = (before.params, attempt.params)
+    if not changed:
+        for cell in stored.cells:
+            before = {t.label: t for t in stored.tries if t.applies_to(cell)}
+            for attempt in wanted.tries:
+                known = before.get(attempt.label)
+                if known and attempt.applies_to(cell) and known.params != attempt.params:
+                    changed[f"[[try]] {attempt.label}"] = (known.params, attempt.params)
     if changed:
         shown = "; ".join(f"{key}: stored {a!r}, now {b!r}" for key, (a, b) in changed.items())
         raise SpecError(
@@ -161,7 +174,78 @@ def _merge(stored: SweepSpec, wanted: SweepSpec) -> tuple[SweepSpec, list[Try]]:
             "trial is, so repeat the options it was begun with, or begin anew under another "
             "--name"
         )
-    return wanted, [t for t in wanted.tries if t not in stored.tries]
+
+
+def _missing_tries(
+    store: BaseStorage, spec: SweepSpec, position: int, study_id: int
+) -> tuple[list[Try], int]:
+    """The tries that a study lacks, by their labels, and the number of trials it has."""
+    trials = store.get_all_trials(study_id, deepcopy=False)
+    labels = {trial.user_attrs.get(LABEL) for trial in trials}
+    cell = spec.cells[position]
+    wanted = [t for t in spec.tries if t.applies_to(cell) and t.label not in labels]
+    return wanted, len(trials)
+
+
+def _refuse_tries_without_room(
+    store: BaseStorage, spec: SweepSpec, position: int, study_id: int
+) -> None:
+    tries, begun = _missing_tries(store, spec, position, study_id)
+    needed = begun + len(tries)
+    if tries and needed > spec.budget.trials:
+        raise SpecError(
+            f"[[try]] {tries[0].label!r} is new, and {spec.study_name(spec.cells[position])} "
+            f"has begun {begun} of its {spec.budget.trials} trials; raise the budget with --set "
+            f"trials={needed}"
+        )
+
+
+def _create_study(store: BaseStorage, spec: SweepSpec, position: int, fingerprint: str) -> None:
+    """Create, complete or renew one study; READY is written last, when nothing is missing."""
+    import optuna
+    from optuna_dashboard import save_note
+
+    from storage.trials import enqueue
+
+    cell = spec.cells[position]
+    study = optuna.create_study(
+        storage=store,
+        study_name=spec.study_name(cell),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    attrs = study.user_attrs
+    stored_attrs = {
+        SWEEP: spec.name,
+        CELL: dict(cell),
+        POSITION: position,
+        FINGERPRINT: fingerprint,
+        "question": spec.question,
+        "source": spec.source,
+        SPEC: spec.as_dict(),  # last: with it the study counts as a part of the sweep
+    }
+    if SPEC not in attrs and ((attrs.keys() - stored_attrs) or study.trials):
+        raise SweepError(
+            f"the store has a study {study.study_name!r} that is not of this sweep; begin "
+            "under another --name"
+        )
+    renewed = {key: value for key, value in stored_attrs.items() if attrs.get(key) != value}
+    for key, value in renewed.items():
+        study.set_user_attr(key, value)
+    for attempt in _missing_tries(store, spec, position, study._study_id)[0]:
+        enqueue(store, study._study_id, dict(attempt.params), user_attrs={LABEL: attempt.label})
+    if renewed:
+        save_note(study, _note(spec, cell))
+    if READY not in attrs:
+        score = "validation" if _validation(spec, cell) == "holdout" else "test"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([f"{score} accuracy"])
+        study.set_user_attr(READY, True)
+
+
+def _validation(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
+    return spec.config(cell, spec.lowest_params()).validation
 
 
 def _note(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
@@ -177,60 +261,3 @@ def _note(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
         f"```toml\n{spec.as_toml()}```",
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _cells_of(spec: SweepSpec, attempt: Try) -> list[int]:
-    return [index for index, cell in enumerate(spec.cells) if attempt.applies_to(cell)]
-
-
-def _create_study(
-    store: BaseStorage,
-    spec: SweepSpec,
-    position: int,
-    fingerprint: str,
-    new_tries: list[Try],
-) -> None:
-    import optuna
-    from optuna_dashboard import save_note
-
-    from storage.trials import enqueue
-
-    cell = spec.cells[position]
-    study = optuna.create_study(
-        storage=store,
-        study_name=spec.study_name(cell),
-        direction="maximize",
-        load_if_exists=True,
-    )
-    study_id = study._study_id
-    attrs = study.user_attrs
-    if READY in attrs:
-        tries = [t for t in new_tries if t.applies_to(cell)]
-    else:
-        if attrs.get(SWEEP, spec.name) != spec.name or (not attrs and study.trials):
-            raise SweepError(
-                f"the store has a study {study.study_name!r} that is not of this sweep; begin "
-                "under another --name"
-            )
-        # A creation that was cut short has enqueued some of them, in this order.
-        tries = [t for t in spec.tries if t.applies_to(cell)][len(study.trials) :]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["validation accuracy"])
-        for key, value in {
-            SWEEP: spec.name,
-            "question": spec.question,
-            "source": spec.source,
-            CELL: dict(cell),
-            POSITION: position,
-            FINGERPRINT: fingerprint,
-        }.items():
-            study.set_user_attr(key, value)
-        save_note(study, _note(spec, cell))
-    for attempt in tries:
-        enqueue(store, study_id, dict(attempt.params), user_attrs={LABEL: attempt.label})
-    spec_dict = spec.as_dict()
-    if attrs.get(SPEC) != spec_dict:
-        study.set_user_attr(SPEC, spec_dict)
-    if READY not in attrs:
-        study.set_user_attr(READY, True)

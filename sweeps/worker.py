@@ -32,10 +32,10 @@ from storage.checkpoints import CheckpointError, CheckpointStore
 from storage.trials import Claim, LeaseLostError, TrialQueue, with_retries
 from sweeps import search
 from sweeps.config import TrialConfig, Value
-from sweeps.errors import SweepError
+from sweeps.errors import SpecError, SweepError
 from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
 from sweeps.status import CURVES, OUTCOME, PROVENANCE, REASON, SECONDS
-from sweeps.studies import StoredSweep, SweepStudy, check_fingerprint, stored_sweep
+from sweeps.studies import LABEL, StoredSweep, SweepStudy, check_fingerprint, stored_sweep
 from sweeps.training.loop import Diverged, Interrupted
 
 if TYPE_CHECKING:
@@ -47,21 +47,43 @@ MAX_FAILURES = 2
 """A trial that raised this often is told as failed; until then it goes back to the queue."""
 
 MAX_DEATHS = 3
-"""A trial whose workers died this often (killed for memory, say) is told as failed."""
+"""A trial whose workers died this often without completing one more epoch (killed for memory,
+say) is told as failed."""
 
 SAME_FAILURES = 3
 """Trials in a row that failed alike, after which a worker gives up: the sweep is at fault."""
 
 ERROR = "error"
 FAILURES = "sweep:failures"
+PROGRESS = "sweep:progress"
+"""Deaths of a trial's workers up to the epoch where its latest attempt began."""
 
 
 class _Pruned(Exception):
     """The pruner said so."""
 
 
-class _WorkersDied(Exception):
-    """The trial takes its worker down with it."""
+class _Hopeless(Exception):
+    """Another attempt at the trial would end the same way."""
+
+
+class StopRequest:
+    """Asked for from a signal handler, seen from the loop.
+
+    An event of `threading` would not do: its lock may be held by the very wait that the handler
+    interrupts.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def set(self) -> None:
+        """Ask to stop."""
+        self._asked = True
+
+    def is_set(self) -> bool:
+        """Whether it was asked for."""
+        return self._asked
 
 
 @dataclass(frozen=True)
@@ -91,7 +113,7 @@ class Worker:
         checkpoints: where unfinished trials keep their state.
         name: the sweep.
         options: how to run.
-        stop: set it, from a signal handler, to end after the running update.
+        stop: set it to end after the running update.
     """
 
     def __init__(
@@ -100,7 +122,7 @@ class Worker:
         checkpoints: CheckpointStore,
         name: str,
         options: WorkerOptions,
-        stop: threading.Event,
+        stop: StopRequest,
     ) -> None:
         self._store = store
         self._checkpoints = checkpoints
@@ -129,7 +151,7 @@ class Worker:
                 if self._queue.pending(studies) == 0:
                     return
                 # Others hold the rest; a trial of theirs may yet come back to the queue.
-                self._stop.wait(self._options.poll_seconds)
+                time.sleep(self._options.poll_seconds)
                 continue
             study = next(s for s in sweep.studies if s.study_id == claim.study_id)
             with self._leased(claim) as lost:
@@ -167,10 +189,15 @@ class Worker:
         attrs: dict[str, Any] = {}
         reporter: _Reporter | None = None
         try:
-            if claim.deaths >= MAX_DEATHS:
-                raise _WorkersDied(f"{claim.deaths} workers died while they ran it")
-            reporter, config = self._begin(sweep, study, claim)
-            value = self._objective(study, config).run(
+            self._refuse_deadly(claim)
+            if claim.attempt == 1:
+                # One of an earlier store in the same place is not this trial's.
+                self._checkpoints.delete(key)
+            trial, config = self._begin(sweep, study, claim)
+            objective = self._objective(study, config)
+            last_step = config.epochs * sweep.spec.budget.seeds
+            reporter = self._reporter(claim, trial, objective, config, key, last_step)
+            value = objective.run(
                 config,
                 seeds=sweep.spec.budget.seeds,
                 on_epoch=reporter,
@@ -186,14 +213,16 @@ class Worker:
             # forget, and then suggest the like of it again.
             attrs = {OUTCOME: "diverged", REASON: str(divergence)}
         except Interrupted:
-            if not lost.is_set():
-                self._queue.release(claim)
+            self._queue.release(claim)
             return
         except (SweepError, DataError, CheckpointError):
             # Not the trial's fault: no other would fare better here.
             self._queue.release(claim)
             raise
         except Exception as error:
+            if _breaks_device(error):
+                self._queue.release(claim)
+                raise SweepError(f"the device failed: {_first_line(error)}") from error
             if self._retry_after(error, claim):
                 return
             state = TrialState.FAIL
@@ -209,32 +238,77 @@ class Worker:
         self._checkpoints.delete(key)
         self._note_failure(attrs if state == TrialState.FAIL else None)
 
+    def _refuse_deadly(self, claim: Claim) -> None:
+        """Give up on a trial that takes its workers down without getting anywhere."""
+        trial = with_retries(lambda: self._store.get_trial(claim.trial_id))
+        step = trial.last_step or 0
+        seen = trial.system_attrs.get(PROGRESS, {"step": 0, "deaths": 0})
+        if step > seen["step"]:
+            seen = {"step": step, "deaths": claim.deaths}
+            with_retries(lambda: self._store.set_trial_system_attr(claim.trial_id, PROGRESS, seen))
+        deaths = claim.deaths - seen["deaths"]
+        if deaths >= MAX_DEATHS:
+            raise _Hopeless(f"{deaths} workers died before it completed another epoch")
+
     def _begin(
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
-    ) -> tuple[_Reporter, TrialConfig]:
+    ) -> tuple[optuna.Trial, TrialConfig]:
         """Suggest the trial's settings; tell its provenance."""
+        trial = self._trial(sweep, study, claim)
+        params = with_retries(lambda: search.suggest(trial, sweep.spec.search))
+        try:
+            config = sweep.spec.config(study.cell, params)
+        except SpecError as error:
+            raise _Hopeless(str(error)) from error
+        provenance = {**_provenance(self._options.device), "data_fingerprint": study.fingerprint}
+        with_retries(
+            lambda: self._store.set_trial_system_attr(claim.trial_id, PROVENANCE, provenance)
+        )
+        return trial, config
+
+    def _trial(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> optuna.Trial:
         optuna_study = with_retries(
             lambda: optuna.load_study(
                 storage=self._store,
                 study_name=study.name,
                 sampler=search.build_sampler(sweep.spec, study.name, claim.number),
-                pruner=search.build_pruner(sweep.spec),
+                pruner=search.build_pruner(sweep.spec, study.cell),
             )
         )
-        trial = with_retries(lambda: optuna.Trial(optuna_study, claim.trial_id))
-        params = with_retries(lambda: search.suggest(trial, sweep.spec.search))
-        config = sweep.spec.config(study.cell, params)
-        provenance = {**_provenance(self._options.device), "data_fingerprint": study.fingerprint}
-        with_retries(
-            lambda: self._store.set_trial_system_attr(claim.trial_id, PROVENANCE, provenance)
+        return with_retries(lambda: optuna.Trial(optuna_study, claim.trial_id))
+
+    def _reporter(
+        self,
+        claim: Claim,
+        trial: optuna.Trial,
+        objective: Objective,
+        config: TrialConfig,
+        key: str,
+        last_step: int,
+    ) -> _Reporter:
+        """What hears of the epochs; steps that no checkpoint here covers are forgotten first.
+
+        They were reported by a worker whose checkpoints are elsewhere or lost, and will be
+        trained again.
+        """
+        covered = objective.completed_steps(config, self._checkpoints, key)
+        if any(step > covered for step in trial._cached_frozen_trial.intermediate_values):
+            self._queue.forget_steps(claim, after=covered)
+            trial = with_retries(lambda: optuna.Trial(trial.study, claim.trial_id))
+        # The known settings are what the others are compared with: they run to their end.
+        return _Reporter(
+            self._store,
+            trial,
+            owns=lambda: self._queue.owns(claim),
+            prune=LABEL not in trial.user_attrs,
+            last_step=last_step,
         )
-        return _Reporter(self._store, trial, lambda: self._queue.owns(claim)), config
 
     def _objective(self, study: SweepStudy, config: TrialConfig) -> Objective:
         identity = dataset_identity(config)
         if identity not in self._objectives:
             dataset = open_dataset(config, self._options.data_dir)
-            check_fingerprint(study, dataset.fingerprint)
+            check_fingerprint(study.name, study.fingerprint, dataset.fingerprint)
             self._objectives[identity] = Objective(dataset, self._options.device)
         return self._objectives[identity]
 
@@ -252,13 +326,11 @@ class Worker:
     def _retry_after(self, error: Exception, claim: Claim) -> bool:
         """Put a trial that raised back into the queue, unless it has done so before."""
         logger.error("trial #%d raised %s", claim.number, _first_line(error))
-        attrs = self._store.get_trial_system_attrs(claim.trial_id)
-        failures = attrs.get(FAILURES, 0) + 1
-        # The same config would only run out of the same memory again.
-        hopeless = isinstance(error, torch.cuda.OutOfMemoryError | _WorkersDied)
-        if failures >= MAX_FAILURES or hopeless:
+        trial = with_retries(lambda: self._store.get_trial(claim.trial_id))
+        failures = trial.system_attrs.get(FAILURES, 0) + 1
+        if failures >= MAX_FAILURES or isinstance(error, _Hopeless):
             return False
-        self._store.set_trial_system_attr(claim.trial_id, FAILURES, failures)
+        with_retries(lambda: self._store.set_trial_system_attr(claim.trial_id, FAILURES, failures))
         self._queue.release(claim)
         return True
 
@@ -266,25 +338,41 @@ class Worker:
         if attrs is None:
             self._failures.clear()
             return
-        self._failures.append(attrs[REASON])
+        self._failures.append(_failure_kind(attrs[REASON]))
         recent = self._failures[-SAME_FAILURES:]
         if len(recent) == SAME_FAILURES and len(set(recent)) == 1:
             raise SweepError(
-                f"{SAME_FAILURES} trials in a row failed alike: {recent[0]}; the traceback is "
+                f"{SAME_FAILURES} trials in a row failed alike: {attrs[REASON]}; the traceback is "
                 f"kept with each of them as the attribute {ERROR!r}"
             )
 
 
 class _Reporter:
-    """Reports each epoch to Optuna, keeps the curves, asks the pruner."""
+    """Reports each epoch to Optuna, keeps the curves, asks the pruner.
 
-    def __init__(self, store: BaseStorage, trial: optuna.Trial, owns: Callable[[], bool]) -> None:
+    Args:
+        store: where the curves go.
+        trial: the trial, with what earlier attempts reported and this one goes on from.
+        owns: whether the trial is still this worker's.
+        prune: whether to ask the pruner.
+        last_step: a trial that has come so far is complete, whatever the pruner would say.
+    """
+
+    def __init__(
+        self,
+        store: BaseStorage,
+        trial: optuna.Trial,
+        *,
+        owns: Callable[[], bool],
+        prune: bool,
+        last_step: int,
+    ) -> None:
         self._store = store
         self._trial = trial
         self._owns = owns
-        self._reported = set(
-            store.get_trial(trial._trial_id).intermediate_values  # those of earlier attempts
-        )
+        self._prune = prune
+        self._last_step = last_step
+        self._reported = set(trial._cached_frozen_trial.intermediate_values)
         self._curves: dict[str, list[float]] = {}
         self.last_score: float | None = None
 
@@ -308,7 +396,8 @@ class _Reporter:
         with_retries(
             lambda: self._store.set_trial_system_attr(self._trial._trial_id, CURVES, self._curves)
         )
-        if with_retries(self._trial.should_prune):
+        asked = self._prune and progress.step < self._last_step
+        if asked and with_retries(self._trial.should_prune):
             raise _Pruned
 
 
@@ -334,13 +423,30 @@ def _provenance(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _git_commit() -> str | None:
+    """The commit of this package's own checkout; None where it is installed as a package."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+
+
+def _breaks_device(error: Exception) -> bool:
+    """Whether the process can use its GPU no more, as after an illegal access."""
+    text = str(error)
+    return "CUDA error" in text and not isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _failure_kind(reason: str) -> str:
+    """What failures alike have in common: out of memory differs in its numbers each time."""
+    return reason.partition(":")[0] if "OutOfMemory" in reason else reason
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from sweeps import objective
 from sweeps.config import TrialConfig
 from sweeps.spec import SweepSpec
 from sweeps.studies import create_or_resume
-from sweeps.worker import Worker, WorkerOptions
+from sweeps.worker import StopRequest, Worker, WorkerOptions
 
 TRAIN: dict[str, Any] = {
     "dataset": "digits", "validation_fraction": 0.2, "augment": "none", "model": "resnet8",
@@ -67,14 +66,14 @@ def url(tmp_path: Path) -> str:
 
 
 def make_worker(
-    tmp_path: Path, name: str = "tiny", *, stop: threading.Event | None = None, worker_id: str = "w"
+    tmp_path: Path, name: str = "tiny", *, stop: StopRequest | None = None, worker_id: str = "w"
 ) -> Worker:
     """A worker in this process."""
     torch.set_num_threads(1)
     options = WorkerOptions(worker_id=worker_id, device=torch.device("cpu"), poll_seconds=0.05)
     checkpoints = CheckpointStore(tmp_path / "checkpoints")
     store = open_storage(url(tmp_path))
-    return Worker(store, checkpoints, name, options, stop or threading.Event())
+    return Worker(store, checkpoints, name, options, stop or StopRequest())
 
 
 def trials(tmp_path: Path, study_name: str = "tiny") -> list[FrozenTrial]:

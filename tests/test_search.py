@@ -66,6 +66,11 @@ def test_a_trial_is_suggested_the_same_whoever_asks(kind: str) -> None:
     assert len(set(rates)) == len(rates), "a seed was used twice"
 
 
+def test_quasi_monte_carlo_points_are_one_sequence() -> None:
+    rates = [p["peak_lr"] for p in suggested({"type": "QMCSampler", "scramble": True}, "s", 8)]
+    assert len(set(rates)) == 8
+
+
 def test_trials_asked_for_side_by_side_differ() -> None:
     store = optuna.storages.InMemoryStorage()
     optuna.create_study(storage=store, study_name="s", direction="maximize")
@@ -98,12 +103,12 @@ def test_every_sampler_on_offer_suggests(kind: str) -> None:
 def test_every_pruner_on_offer_is_built(kind: str, arguments: dict[str, Any]) -> None:
     assert kind in search.PRUNERS
     made = spec(pruner={"type": kind, **arguments})
-    assert type(search.build_pruner(made)).__name__ == kind
+    assert type(search.build_pruner(made, {})).__name__ == kind
 
 
 def test_hyperband_knows_the_longest_training() -> None:
     made = spec(pruner={"type": "HyperbandPruner"}, budget={"seeds": 2})
-    assert search.build_pruner(made)._max_resource == 200  # type: ignore[attr-defined]
+    assert search.build_pruner(made, {})._max_resource == 200  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,8 @@ def test_hyperband_knows_the_longest_training() -> None:
         ({"pruner": {"n_warmup_step": 3}}, "did you mean 'n_warmup_steps'"),
         ({"pruner": {"n_warmup_steps": -3}}, "refuses"),
         ({"pruner": {"type": "PercentilePruner"}}, "refuses"),
+        ({"sampler": {"n_startup_trials": "3"}}, "arguments"),
+        ({"pruner": {"type": "PatientPruner", "patience": 1, "wrapped_pruner": "x"}}, "leave it"),
     ],
 )
 def test_a_mistake_is_explained(change: dict[str, Any], said: str) -> None:

@@ -138,6 +138,9 @@ WRONG = [
     ({"train": {"epochs": 0}}, "accepted: a whole number from 1"),
     ({"train": {"epochs": 2.5}}, "accepted: a whole number"),
     ({"train": {"epochs": True}}, "epochs = True"),
+    ({"train": {"epochs": float("inf")}}, "epochs = inf"),
+    ({"train": {"epochs": float("nan")}}, "epochs = nan"),
+    ({"train": {"epochs": 10**400}}, "accepted: a whole number"),
     ({"train": {"norm": "grop"}}, "did you mean 'group'"),
     ({"train": {"momentum": float("nan")}}, "momentum = nan"),
     ({"train": {"dataset": "cifar10", "noise_std": 1.0}}, "noise_std"),
@@ -184,6 +187,22 @@ def test_a_mistake_is_refused_and_explained(change: dict[str, Any], said: str) -
         build(**change)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_contradiction_within_the_space_is_found() -> None:
+    """Neither at its lowest nor at its highest corner: many devices with a small batch."""
+    search = {
+        "num_devices": {"choices": [2, 40]},
+        "global_batch_size": {"choices": [16, 64]},
+    }
+    with pytest.raises(SpecError, match=r"too small.*reaches num_devices = 40"):
+        build(each={}, search=search, **{"try": []})
+
+
+def test_a_mistake_in_quick_shows_without_quick(tmp_path: Path) -> None:
+    table = {**SMALL, "quick": {"train": {"epcohs": 3}}}
+    with pytest.raises(SpecError, match="did you mean 'epochs'"):
+        spec.load(write(tmp_path / "mine.toml", table))
 
 
 def test_overrides_reach_any_key(tmp_path: Path) -> None:

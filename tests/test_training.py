@@ -200,6 +200,7 @@ def training(
         ),
         epochs=epochs,
         guess_loss=math.log(10),
+        untrained_loss=math.log(10),
         should_stop=should_stop,
     ), model  # fmt: skip
 
@@ -268,6 +269,29 @@ def test_a_dead_network_ends_it() -> None:
     # The warmup's epoch does not count; three after it do, and all of them were yielded.
     assert caught.value.epoch == 4
     assert len(run.history) == 4
+
+
+def test_a_dead_network_is_dead_after_a_resume_too() -> None:
+    run, model = training(10, norm="fixup")
+
+    def kill(*_: object) -> None:
+        for parameter in model.parameters():
+            parameter.data.zero_()
+
+    model.register_forward_pre_hook(kill)
+    with pytest.raises(Diverged):
+        list(run.run())
+    again, _ = training(10, norm="fixup")
+    again.load_state_dict(run.state_dict())
+    with pytest.raises(Diverged, match="dead"):
+        next(again.run())
+
+
+def test_a_validation_loss_that_is_not_finite_ends_it() -> None:
+    run, _ = training(3)
+    run._evaluate = lambda: (math.nan, 0.1, 1)
+    with pytest.raises(Diverged, match="validation loss is not finite"):
+        next(run.run())
 
 
 def test_a_network_that_only_ranks_badly_is_not_dead() -> None:

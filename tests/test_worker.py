@@ -13,11 +13,12 @@ from optuna.trial import TrialState
 from storage.engine import open_storage
 from storage.trials import LEASE_ATTR, TrialQueue
 from sweeps import worker as worker_module
-from sweeps.errors import SweepError
+from sweeps.errors import SpecError, SweepError
 from sweeps.objective import Objective, Progress
 from sweeps.status import CURVES, PROVENANCE, read_status
 from sweeps.studies import stored_sweep
 from sweeps.training.loop import Diverged
+from sweeps.worker import StopRequest
 
 
 def test_the_budget_is_met_exactly_and_trials_say_what_they_were(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_one_worker_and_the_same_seed_give_the_same_trials(tmp_path: Path) -> No
     assert curves[0] == curves[1]
 
 
-def stop_after(step: int, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_after(step: int, stop: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set `stop` as a signal would, once a step was reported."""
     report = worker_module._Reporter.__call__
 
@@ -79,7 +80,7 @@ def test_a_stopped_trial_goes_on_as_if_never_stopped(
     make_worker(tmp_path / "whole").run()
     for step in range(1, 3 * seeds):
         with monkeypatch.context() as patch:
-            stop = threading.Event()
+            stop = StopRequest()
             stop_after(step, stop, patch)
             make_worker(tmp_path / "stopped", stop=stop).run()
         (waiting,) = trials(tmp_path / "stopped")
@@ -224,6 +225,119 @@ def test_a_trial_that_takes_its_workers_down_fails(tmp_path: Path) -> None:
     assert second.state == TrialState.COMPLETE
 
 
+def test_a_trial_that_gets_on_may_lose_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preempted at every epoch, more often than a trial may die without getting anywhere."""
+    store = begin(tmp_path, make_spec(train={"epochs": 6}, budget={"trials": 1}))
+    (study,) = stored_sweep(store, "tiny").studies
+    report = worker_module._Reporter.__call__
+
+    class Killed(BaseException):
+        pass
+
+    for step in range(1, 6):
+
+        def dying(self: Any, progress: Progress, last: int = step) -> None:
+            report(self, progress)
+            if progress.step == last:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker_module._Reporter, "__call__", dying)
+            with pytest.raises(Killed):
+                make_worker(tmp_path, worker_id=f"w{step}").run()
+        clock = [0.0]
+        watcher = TrialQueue(store, worker_id="watcher", clock=lambda now=clock: now[0])
+        watcher.requeue_abandoned([study.study_id])
+        clock[0] += 61
+        watcher.requeue_abandoned([study.study_id])
+    make_worker(tmp_path).run()
+    (trial,) = trials(tmp_path)
+    assert trial.state == TrialState.COMPLETE
+    assert trial.system_attrs[LEASE_ATTR]["deaths"] == 5
+    assert sorted(trial.intermediate_values) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_a_store_that_is_gone_is_not_taken_up(tmp_path: Path) -> None:
+    spec = make_spec(budget={"trials": 1})
+    begin(tmp_path, spec)
+    heard: list[int] = []
+    stop = StopRequest()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, stop, patch)
+        make_worker(tmp_path, stop=stop).run()
+    assert list((tmp_path / "checkpoints").iterdir())
+    for file in tmp_path.glob("sweep.db*"):
+        file.unlink()
+    begin(tmp_path, spec)
+    with pytest.MonkeyPatch.context() as patch:
+        trained = worker_module.Objective.completed_steps
+
+        def hear(self: Any, *args: Any) -> int:
+            heard.append(trained(self, *args))
+            return heard[-1]
+
+        patch.setattr(worker_module.Objective, "completed_steps", hear)
+        make_worker(tmp_path).run()
+    assert heard == [0]
+
+
+def test_without_its_checkpoint_a_trial_starts_over_and_so_does_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine. What the lost attempt reported must not stand among the new."""
+    begin(tmp_path, make_spec(budget={"trials": 1}))
+    stop = StopRequest()
+    with monkeypatch.context() as patch:
+        stop_after(2, stop, patch)
+        make_worker(tmp_path, stop=stop).run()
+    store = open_storage(url(tmp_path))
+    (waiting,) = trials(tmp_path)
+    for step in (1, 2):
+        store.set_trial_intermediate_value(waiting._trial_id, step, 0.0)
+    for file in (tmp_path / "checkpoints").iterdir():
+        file.unlink()
+    make_worker(tmp_path).run()
+    (trial,) = trials(tmp_path)
+    assert trial.state == TrialState.COMPLETE
+    assert sorted(trial.intermediate_values) == [1, 2, 3]
+    accuracies = trial.system_attrs[CURVES]["val_accuracy"]
+    assert list(trial.intermediate_values.values()) == pytest.approx(accuracies, abs=1e-5)
+
+
+def test_known_settings_and_complete_trials_are_not_pruned(tmp_path: Path) -> None:
+    pruner = {"type": "ThresholdPruner", "lower": 0.999, "n_warmup_steps": 3}
+    tries = [{"label": "known", "peak_lr": 0.05}]
+    begin(tmp_path, make_spec(train={"epochs": 4}, pruner=pruner, **{"try": tries}))
+    make_worker(tmp_path).run()
+    first, *others = trials(tmp_path)
+    assert first.state == TrialState.COMPLETE
+    assert {t.last_step for t in others} == {3}
+    (tmp_path / "late").mkdir()
+    begin(tmp_path / "late", make_spec(pruner=pruner))
+    make_worker(tmp_path / "late").run()
+    assert {t.state for t in trials(tmp_path / "late")} == {TrialState.COMPLETE}
+
+
+def test_settings_that_contradict_each_other_cost_their_trial_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path, make_spec())
+    config = type(make_spec()).config
+    calls = iter(range(100))
+
+    def contradicting(self: Any, cell: Any, params: Any) -> Any:
+        if params.get("peak_lr") not in (None, 0.01) and next(calls) == 1:
+            raise SpecError("a is too small for b")
+        return config(self, cell, params)
+
+    monkeypatch.setattr(type(make_spec()), "config", contradicting)
+    make_worker(tmp_path).run()
+    assert [t.state.name for t in trials(tmp_path)].count("FAIL") == 1
+    assert [t.state.name for t in trials(tmp_path)].count("COMPLETE") == 2
+
+
 def test_a_worker_that_lost_its_lease_drops_the_result_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +362,7 @@ def test_a_worker_that_lost_its_lease_drops_the_result_and_goes_on(
         return value
 
     monkeypatch.setattr(Objective, "run", robbed)
-    stop = threading.Event()
+    stop = StopRequest()
     robbed_worker = make_worker(tmp_path, stop=stop)
     thread = threading.Thread(target=robbed_worker.run)
     thread.start()

@@ -21,7 +21,7 @@ from sweeps.training.rounds import DeviceBatch
 from sweeps.training.schedule import Schedule
 
 EXPLODED_LOSS_FACTOR = 20.0
-"""A step's loss above this many times a constant guess's has exploded.
+"""A step's loss above this many times ln(classes) has exploded.
 
 An untrained network starts within a few times a constant guess; the explosions that were
 measured passed 1e3 within a few updates of leaving that range.
@@ -102,7 +102,9 @@ class Training:
         schedule: learning rate by update.
         epochs: how many there are in all.
         guess_loss: cross-entropy of the best constant guess, in nats: ln(classes) where they
-            are equally frequent. Measures divergence.
+            are equally frequent. A dead network is at it.
+        untrained_loss: cross-entropy of equal guesses, ln(classes). An exploded loss is far
+            above it.
         dead_epochs: consecutive epochs at the guess's loss, all predictions alike, that end the
             training.
         should_stop: asked between two updates.
@@ -117,6 +119,7 @@ class Training:
         schedule: Schedule,
         epochs: int,
         guess_loss: float,
+        untrained_loss: float,
         dead_epochs: int = 3,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -126,6 +129,7 @@ class Training:
         self._schedule = schedule
         self._epochs = epochs
         self._guess_loss = guess_loss
+        self._untrained_loss = untrained_loss
         self._dead_epochs = dead_epochs
         self._should_stop = should_stop
         self.history: list[EpochResult] = []
@@ -143,6 +147,8 @@ class Training:
                 for `dead_epochs` epochs past the warmup (raised after the epoch was yielded).
             Interrupted: `should_stop` said so; the running epoch is lost.
         """
+        # A training that was stopped right after the epoch that showed it dead is still dead.
+        self._raise_if_dead()
         while len(self.history) < self._epochs:
             result = self._run_epoch(len(self.history))
             self.history.append(result)
@@ -187,6 +193,8 @@ class Training:
         train_loss = total.item() / images
         trained = time.perf_counter()
         val_loss, val_accuracy, predicted_classes = self._evaluate()
+        if not math.isfinite(val_loss):
+            raise Diverged(f"validation loss is not finite after update {update}", epoch)
         self._schedule.end_epoch(first, val_accuracy)
         finished = time.perf_counter()
         return EpochResult(
@@ -204,7 +212,7 @@ class Training:
         loss = float(largest)
         if not math.isfinite(loss):
             raise Diverged(f"loss is not finite at update {update}", epoch)
-        if loss > EXPLODED_LOSS_FACTOR * self._guess_loss:
+        if loss > EXPLODED_LOSS_FACTOR * self._untrained_loss:
             raise Diverged(f"loss exploded to {loss:.3g} at update {update}", epoch)
 
     def _raise_if_dead(self) -> None:

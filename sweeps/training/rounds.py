@@ -120,6 +120,10 @@ class SynchronousSGD:
         self._optimizer.step()
         return loss.detach()
 
+    def global_model(self) -> nn.Module:
+        """The model to evaluate, which all devices share."""
+        return self._model
+
     def state_dict(self) -> dict[str, Any]:
         """The model's weights and buffers and the optimizer's memory."""
         return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}

@@ -1,0 +1,312 @@
+"""What a report says of a sweep: its status with the curves behind it, and the answer in words."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sweeps.config import TrialConfig, Value
+from sweeps.progress import describe_params
+from sweeps.report import answer_note, short_name
+from sweeps.spec import SweepSpec
+from sweeps.status import CURVES, OUTCOMES, StudyStatus, SweepStatus, TrialStatus, read_status
+from sweeps.studies import StoredSweep
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+DATASET_IMAGES = {"cifar10": (50_000, 10_000), "digits": (1_347, 450)}
+"""Training and test images of the data sets whose size is known without loading them."""
+
+FEWEST_FOR_IMPORTANCE = 8
+"""Complete trials of a study below which a parameter's importance is noise."""
+
+DRAWN_DIVERGED = 3
+"""Curves of diverged trials that are kept for each study, those of a `[[try]]` first."""
+
+
+@dataclass(frozen=True)
+class StudyFindings:
+    """One study, with what the figures need beside its status.
+
+    Attributes:
+        status: budget and trials.
+        name: the study's name, without the sweep's.
+        config: what its trials share; the searched settings are at their lowest.
+        curves: validation accuracy after each epoch, by trial number: of the best trial and of
+            some that diverged. Over several seeds, the mean of a complete trial, and the last
+            seed of any other.
+        seed_accuracies: the best trial's final accuracy with each seed; empty for one seed.
+        importance: share of each searched setting, or empty where too few trials completed.
+    """
+
+    status: StudyStatus
+    name: str
+    config: TrialConfig
+    curves: Mapping[int, Sequence[float]]
+    seed_accuracies: Sequence[float]
+    importance: Mapping[str, float]
+
+    @property
+    def validation_images(self) -> int | None:
+        """How many images an accuracy is measured on; None where that takes the data set."""
+        train, test = DATASET_IMAGES.get(self.config.dataset, (None, None))
+        if self.config.validation == "test":
+            return test
+        if not isinstance(self.config.num_train_images, str):
+            train = self.config.num_train_images
+        return None if train is None else round(train * self.config.validation_fraction)
+
+    def standard_error(self, accuracy: float) -> float | None:
+        """Binomial standard error of one training's accuracy, sqrt(p (1 - p) / n)."""
+        images = self.validation_images
+        return math.sqrt(accuracy * (1 - accuracy) / images) if images else None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One sweep, as a report shows it."""
+
+    spec: SweepSpec
+    status: SweepStatus
+    studies: Sequence[StudyFindings]
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return self.status.title or self.status.name
+
+
+def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
+    """Read a sweep's state, the curves to draw and the importances; writes nothing."""
+    spec, status = sweep.spec, read_status(store, sweep)
+    seeds = spec.budget.seeds
+    studies = []
+    for stored, study in zip(sweep.studies, status.studies, strict=True):
+        config = spec.config(stored.cell, spec.lowest_params())
+        recorded = {t.number: t for t in store.get_all_trials(stored.study_id, deepcopy=False)}
+        diverged = [t for t in study.trials if t.outcome == "diverged"]
+        diverged.sort(key=lambda t: (not t.label, t.number))
+        drawn = [*([study.best] if study.best else []), *diverged[:DRAWN_DIVERGED]]
+        per_seed: list[list[float]] = []
+        if study.best and seeds > 1:
+            per_seed = _per_seed(recorded[study.best.number], config.epochs)
+        studies.append(
+            StudyFindings(
+                status=study,
+                name=short_name(status, study),
+                config=config,
+                curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},
+                seed_accuracies=[values[-1] for values in per_seed],
+                importance=_importance(store, study, status.searched),
+            )
+        )
+    return Findings(spec, status, studies)
+
+
+def _per_seed(trial: FrozenTrial, epochs: int) -> list[list[float]]:
+    values = trial.system_attrs.get(CURVES, {}).get("val_accuracy", [])
+    return [values[start : start + epochs] for start in range(0, len(values), epochs)]
+
+
+def _curve(trial: FrozenTrial, epochs: int, seeds: int) -> list[float]:
+    if seeds == 1:
+        return [value for _, value in sorted(trial.intermediate_values.items())]
+    per_seed = _per_seed(trial, epochs)
+    if trial.state.name == "COMPLETE":
+        return [sum(column) / len(column) for column in zip(*per_seed, strict=False)]
+    return per_seed[-1] if per_seed else []
+
+
+def _importance(
+    store: BaseStorage, study: StudyStatus, searched: Sequence[str]
+) -> dict[str, float]:
+    """PED-ANOVA's shares; empty where they would mean nothing or cannot be had."""
+    complete = study.count("complete")
+    if complete < FEWEST_FOR_IMPORTANCE or len(searched) < 2:
+        return {}
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Five trials at least are to count as good, and never more than half of them.
+            quantile = min(0.5, max(0.1, 5 / complete))
+            found = get_param_importances(
+                optuna.load_study(storage=store, study_name=study.name),
+                evaluator=PedAnovaImportanceEvaluator(target_quantile=quantile),
+            )
+    except Exception:
+        # Its estimators refuse some data, such as trials that all scored alike. A report
+        # without this figure is better than none.
+        return {}
+    if not all(math.isfinite(share) for share in found.values()):
+        return {}
+    return {name: float(found[name]) for name in searched if name in found}
+
+
+# --- words --------------------------------------------------------------------------------------
+
+
+def headline(findings: Findings) -> str:
+    """The best accuracies, in one sentence."""
+    best = [(s.name, s.status.best) for s in findings.studies]
+    found = [(name, t, t.accuracy) for name, t in best if t and t.accuracy is not None]
+    if not found:
+        return "No trial has completed yet, so there is no best setting."
+    if len(findings.studies) == 1:
+        return f"Best accuracy: {found[0][2]:.4f}, by trial #{found[0][1].number}."
+    found.sort(key=lambda entry: -entry[2])
+    if len(found) > 6:
+        (high, _, most), (low, _, least) = found[0], found[-1]
+        return (
+            f"Best accuracies of {len(found)} studies: from {most:.4f} ({high}) down to "
+            f"{least:.4f} ({low})."
+        )
+    return "Best accuracy: " + ", ".join(f"{value:.4f} ({name})" for name, _, value in found) + "."
+
+
+def progress_sentence(status: SweepStatus) -> str:
+    """How many trials ended how, and what is still to come."""
+    count = {o: sum(s.count(o) for s in status.studies) for o in (*OUTCOMES, "running", "queued")}
+    total = sum(study.budget for study in status.studies)
+    ended = sum(count[outcome] for outcome in OUTCOMES)
+    text = f"{ended} of {total} trials {'has' if ended == 1 else 'have'} ended"
+    parts = [f"{count[outcome]} {outcome}" for outcome in OUTCOMES if count[outcome]]
+    text += f": {', '.join(parts)}." if parts else "."
+    if not status.done:
+        text += (
+            f" {count['running']} running and {count['queued']} queued: what stands here may "
+            "still change."
+        )
+    return text
+
+
+def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
+    """The best setting of a study, then each known setting against it."""
+    best = study.status.best
+    searched = bool(findings.status.searched)
+    complete = study.status.count("complete")
+    if best is None or best.accuracy is None:
+        sentences = ["No trial has completed."]
+    else:
+        which = (
+            f"the best of {complete} complete trials" if complete > 1 else "the only complete trial"
+        )
+        sentence = f"{which} is #{best.number}" + (f" (“{best.label}”)" if best.label else "")
+        sentence += f" with accuracy {best.accuracy:.4f}{_uncertainty(study, best.accuracy)}"
+        if searched:
+            sentence += f", at {describe_params(best.params)}"
+        sentences = [sentence[0].upper() + sentence[1:] + "."]
+    for trial in study.status.trials:
+        if trial.label and trial is not best:
+            sentences.append(_known(findings, study, trial))
+    return sentences
+
+
+def _uncertainty(study: StudyFindings, accuracy: float) -> str:
+    if study.seed_accuracies:
+        low, high = min(study.seed_accuracies), max(study.seed_accuracies)
+        return f" (seeds from {low:.4f} to {high:.4f})"
+    error = study.standard_error(accuracy)
+    return "" if error is None else f" ± {error:.4f}"
+
+
+def _known(findings: Findings, study: StudyFindings, trial: TrialStatus) -> str:
+    name, best = f"“{trial.label}” (#{trial.number})", study.status.best
+    if trial.outcome == "queued":
+        return f"{name} has not run yet."
+    if trial.outcome == "running":
+        return f"{name} is running, {trial.step} epochs in."
+    if trial.outcome in ("diverged", "failed"):
+        return f"{name} {trial.outcome}{f': {trial.reason}' if trial.reason else ''}."
+    if trial.outcome == "pruned":
+        at = f" at {trial.accuracy:.4f}" if trial.accuracy is not None else ""
+        return f"{name} was pruned after {trial.step} epochs{at}."
+    if trial.accuracy is None or best is None or best.accuracy is None:
+        return f"{name} ended as {trial.outcome}."
+    behind = best.accuracy - trial.accuracy
+    said = f"{name} reached {trial.accuracy:.4f}, "
+    if round(behind, 4) == 0:
+        return said + "as much."
+    said += f"{behind:.4f} less"
+    error = study.standard_error(best.accuracy)
+    if findings.status.seeds == 1 and error is not None and behind <= error:
+        said += (
+            f": within the standard error of {error:.4f} that {study.validation_images:,} "
+            "validation images give, and from a single seed, so no evidence of a difference"
+        )
+    return said + "."
+
+
+def notes(findings: Findings) -> list[str]:
+    """What to keep in mind when reading the accuracies."""
+    status = findings.status
+    found = [answer_note(status)]
+    scored = any(study.status.best for study in findings.studies)
+    if scored and status.seeds == 1 and any(s.validation_images for s in findings.studies):
+        found.append(
+            "± is one binomial standard error of the images scored. Each trial trained with one "
+            "seed: how far another seed would move its accuracy was not measured."
+        )
+    elif scored and status.seeds == 1:
+        found.append(
+            "Each trial trained with one seed: how far another seed would move its accuracy was "
+            "not measured."
+        )
+    selected = (s.status for s in findings.studies if s.status.count("complete") > 1)
+    if any(study.validation == "holdout" for study in selected):
+        found.append(
+            "A best trial is chosen by the accuracy that it is reported with, so part of its lead "
+            "is luck; fresh seeds would tell how much."
+        )
+    return found
+
+
+def ended_early(study: StudyFindings) -> Mapping[str, int]:
+    """Epochs of the trials that ended: spent, and spared by pruning and by ending divergence.
+
+    Failed trials count with what they spent.
+    """
+    found = {"spent": 0, "pruned": 0, "diverged": 0}
+    for trial in study.status.trials:
+        if trial.outcome in OUTCOMES:
+            found["spent"] += trial.step
+            if trial.outcome in ("pruned", "diverged"):
+                found[trial.outcome] += max(0, study.status.steps_per_trial - trial.step)
+    return found
+
+
+def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Every trial of some sweeps, one row each, and the columns that they have.
+
+    A searched setting is a column of its own. The accuracy of a trial that did not complete is
+    that of its last epoch.
+    """
+    searched = list(dict.fromkeys(name for f in findings for name in f.status.searched))
+    columns = [
+        "study", "number", "outcome", "label", *searched, "accuracy", "epochs", "seconds", "reason",
+    ]  # fmt: skip
+    rows = []
+    for study in (s.status for f in findings for s in f.studies):
+        for trial in study.trials:
+            params: Mapping[str, Value] = trial.params
+            rows.append(
+                {
+                    "study": study.name,
+                    "number": trial.number,
+                    "outcome": trial.outcome,
+                    "label": trial.label,
+                    **{name: params.get(name, "") for name in searched},
+                    "accuracy": trial.accuracy,
+                    "epochs": trial.step,
+                    "seconds": trial.seconds,
+                    "reason": trial.reason,
+                }
+            )
+    return columns, rows

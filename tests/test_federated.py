@@ -1,0 +1,512 @@
+"""Federated algorithms against D models, D optimizers and a loop, and against hand arithmetic."""
+
+import copy
+import io
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import FEATURE_NORMS, build_model, parameter_groups
+from sweeps import config, objective
+from sweeps.config import TrialConfig
+from sweeps.errors import SpecError
+from sweeps.training import federated
+from sweeps.training.federated import FederatedAveraging, FederatedSettings
+from sweeps.training.loop import evaluate
+from sweeps.training.rounds import SGDSettings, SynchronousSGD
+from tests.helpers import TRAIN
+
+D, PER_DEVICE, CLASSES = 3, 4, 5
+
+
+@dataclass(frozen=True)
+class Local:
+    images: Tensor
+    labels: Tensor
+    blocks: Any
+
+
+def make_batches(updates: int, seed: int = 1) -> list[Local]:
+    """Batches whose devices see classes of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(updates):
+        count = D * PER_DEVICE
+        images = torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+        labels = (torch.arange(count) % D + torch.randint(0, 2, (count,), generator=generator)) % 5
+        made.append(Local(images, labels, ((None, PER_DEVICE),)))
+    return made
+
+
+def make_model(norm: str, num_devices: int = D) -> nn.Module:
+    model = build_model(
+        "resnet8", norm=norm, num_classes=CLASSES, image_size=8, width_factor=0.25, num_groups=2,
+        num_devices=num_devices, seed=3,
+    )  # fmt: skip
+    return model.double().train()
+
+
+def make_algorithm(
+    norm: str, settings: SGDSettings, rules: FederatedSettings
+) -> FederatedAveraging:
+    model = make_model(norm)
+    return FederatedAveraging(model, parameter_groups(model), settings, rules, num_devices=D)
+
+
+def learning_rate(update: int) -> float:
+    return 0.05 + 0.01 * (update % 4)
+
+
+Weights = dict[str, Tensor]
+
+
+def mean_over_devices(weights: list[Weights]) -> Weights:
+    return {name: sum(w[name] for w in weights) / len(weights) for name in weights[0]}  # type: ignore[misc]
+
+
+def slow_reference(
+    norm: str,
+    batches: list[Local],
+    settings: SGDSettings,
+    rules: FederatedSettings,
+    *,
+    literal_option_two: bool = False,
+    constant_lr: float | None = None,
+) -> tuple[Weights, list[float]]:
+    """D models, 2 D optimizers, a loop: the papers' algorithms, written for reading.
+
+    Returns:
+        The mean of the devices' weights and buffers after the last update, and the losses.
+    """
+    devices = [make_model(norm, num_devices=1) for _ in range(D)]
+    optimizers = []
+    for model in devices:
+        groups = parameter_groups(model)
+        factor = settings.scalar_lr_factor
+        for name, lr_factor in (("weights", 1.0), ("scalars", factor)):
+            decays = name == "weights" or settings.decay_scalars
+            optimizer = torch.optim.SGD(
+                groups[name],
+                lr=0.0,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay if decays else 0.0,
+            )
+            optimizers.append((model, optimizer, lr_factor))
+    start = {name: p.detach().clone() for name, p in devices[0].named_parameters()}
+    zero = {name: torch.zeros_like(p) for name, p in start.items()}
+    velocity, m = copy.deepcopy(zero), copy.deepcopy(zero)
+    v = {name: torch.full_like(p, rules.server_epsilon**2) for name, p in start.items()}
+    c = copy.deepcopy(zero)
+    c_device = [copy.deepcopy(zero) for _ in devices]
+    gradients_seen = [copy.deepcopy(zero) for _ in devices]
+    losses = []
+    for update, batch in enumerate(batches):
+        lr = learning_rate(update) if constant_lr is None else constant_lr
+        device_losses = []
+        for d, model in enumerate(devices):
+            model.zero_grad()
+            images, labels = batch.images[d::D], batch.labels[d::D]
+            loss = F.cross_entropy(model(images, ((None, PER_DEVICE),)), labels)
+            loss.backward()
+            device_losses.append(loss.item())
+            if settings.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
+            for name, p in model.named_parameters():
+                assert p.grad is not None
+                p.grad += rules.proximal_mu * (p.detach() - start[name])
+                decays = p.ndim > 1 or settings.decay_scalars
+                decay = settings.weight_decay * p.detach() if decays else 0.0
+                gradients_seen[d][name] += p.grad + decay
+                if rules.control_variates:
+                    p.grad += c[name] - c_device[d][name]
+        for _, optimizer, lr_factor in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * lr_factor
+            optimizer.step()
+        losses.append(sum(device_losses) / D)
+        if (update + 1) % rules.local_steps:
+            continue
+        ends = [
+            {name: p.detach().clone() for name, p in model.named_parameters()} for model in devices
+        ]
+        change = {name: mean - start[name] for name, mean in mean_over_devices(ends).items()}
+        if rules.control_variates:
+            for d in range(D):
+                for name in start:
+                    if literal_option_two:
+                        drift = (start[name] - ends[d][name]) / (rules.local_steps * lr)
+                        c_device[d][name] = c_device[d][name] - c[name] + drift
+                    else:
+                        c_device[d][name] = gradients_seen[d][name] / rules.local_steps
+            c = mean_over_devices(c_device)
+        gradients_seen = [copy.deepcopy(zero) for _ in devices]
+        for name in start:
+            if rules.server_optimizer == "adam":
+                b1, b2 = rules.server_momentum, rules.server_beta2
+                m[name] = b1 * m[name] + (1 - b1) * change[name]
+                v[name] = b2 * v[name] + (1 - b2) * change[name] ** 2
+                step = m[name] / (v[name].sqrt() + rules.server_epsilon)
+                start[name] = start[name] + rules.server_lr * step
+            else:
+                velocity[name] = rules.server_momentum * velocity[name] - change[name]
+                start[name] = start[name] - rules.server_lr * velocity[name]
+        buffers = mean_over_devices([dict(model.named_buffers()) for model in devices])
+        for model in devices:
+            model.load_state_dict({**start, **buffers})
+        for of_one_group in (optimizers[0::2], optimizers[1::2]):
+            for parameters in zip(
+                *(o.param_groups[0]["params"] for _, o, _ in of_one_group), strict=True
+            ):
+                states = [o.state[p] for (_, o, _), p in zip(of_one_group, parameters, strict=True)]
+                if settings.momentum and rules.local_momentum == "average":
+                    mean = sum(s["momentum_buffer"] for s in states) / D
+                    for s in states:
+                        s["momentum_buffer"] = mean.clone()
+                elif settings.momentum and rules.local_momentum == "reset":
+                    for s in states:
+                        del s["momentum_buffer"]
+    return mean_over_devices([model.state_dict() for model in devices]), losses
+
+
+def assert_equal_weights(model: nn.Module, wanted: Weights, tolerance: float = 1e-10) -> None:
+    for name, value in model.state_dict().items():
+        if value.shape != wanted[name].shape:  # Batch Normalization: a row for each device
+            value = value.mean(dim=0, keepdim=True)
+        torch.testing.assert_close(value, wanted[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+LOCAL = SGDSettings(momentum=0.9, weight_decay=5e-4)
+RULES = {
+    "fedavg": FederatedSettings(),
+    "fedavg, momentum kept": FederatedSettings(local_momentum="keep"),
+    "fedavg, momentum reset": FederatedSettings(local_momentum="reset"),
+    "fedavg, server_lr": FederatedSettings(server_lr=0.7),
+    "fedprox": FederatedSettings(proximal_mu=0.3),
+    "fedavgm": FederatedSettings(server_momentum=0.8, server_lr=0.5),
+    "fedadam": FederatedSettings(
+        server_optimizer="adam", server_lr=0.01, server_momentum=0.9, server_beta2=0.98
+    ),
+    "scaffold": FederatedSettings(control_variates=True),
+    "all at once": FederatedSettings(
+        control_variates=True, proximal_mu=0.1, server_momentum=0.5, server_lr=0.9
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", ["group", "fixup"])
+@pytest.mark.parametrize("name", RULES)
+def test_it_equals_separate_devices(norm: str, name: str) -> None:
+    """Three rounds of three local steps and one more step, with momentum and a moving rate."""
+    rules = replace(RULES[name], local_steps=3)
+    settings = replace(LOCAL, scalar_lr_factor=0.1)
+    batches = make_batches(10)
+    algorithm = make_algorithm(norm, settings, rules)
+    losses = [algorithm.round(b, learning_rate(u)).item() for u, b in enumerate(batches)]
+    wanted, wanted_losses = slow_reference(norm, batches, settings, rules)
+    assert_equal_weights(algorithm.global_model(), wanted)
+    assert losses == pytest.approx(wanted_losses, rel=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_batch_normalization_keeps_each_devices_statistics(norm: str, name: str) -> None:
+    """Averaging the buffers with the weights, as the reference does, changes no mean of them."""
+    rules = replace(RULES[name], local_steps=2)
+    batches = make_batches(7)
+    algorithm = make_algorithm(norm, LOCAL, rules)
+    for u, b in enumerate(batches):
+        algorithm.round(b, learning_rate(u))
+    assert_equal_weights(algorithm.global_model(), slow_reference(norm, batches, LOCAL, rules)[0])
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "fixup"])
+def test_large_steps_take_the_devices_one_by_one(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same numbers."""
+    rules = replace(RULES["all at once"], local_steps=3)
+    batches = make_batches(7)
+    mapped, single = (make_algorithm(norm, LOCAL, rules) for _ in range(2))
+    for u, batch in enumerate(batches):
+        monkeypatch.setattr(federated, "LARGE_STEP", 10**9)
+        loss = mapped.round(batch, learning_rate(u))
+        monkeypatch.setattr(federated, "LARGE_STEP", 0)
+        torch.testing.assert_close(
+            loss, single.round(batch, learning_rate(u)), rtol=1e-10, atol=1e-10
+        )
+    for name, value in mapped.global_model().state_dict().items():
+        other = single.global_model().state_dict()[name]
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "all at once"])
+def test_each_devices_gradient_is_clipped_by_its_own_norm(name: str) -> None:
+    rules = replace(RULES[name], local_steps=2)
+    settings = replace(LOCAL, clip_grad_norm=0.8, decay_scalars=False)
+    batches = make_batches(5)
+    algorithm = make_algorithm("group", settings, rules)
+    for u, b in enumerate(batches):
+        algorithm.round(b, learning_rate(u))
+    wanted, _ = slow_reference("group", batches, settings, rules)
+    unclipped, _ = slow_reference("group", batches, replace(settings, clip_grad_norm=None), rules)
+    assert_equal_weights(algorithm.global_model(), wanted)
+    assert not torch.allclose(wanted["fc.weight"], unclipped["fc.weight"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["group", "fixup"])
+def test_scaffold_is_the_papers_option_two(norm: str) -> None:
+    """With plain SGD, (x - y) / (H η) is the mean gradient that is kept here."""
+    rules = FederatedSettings(local_steps=4, control_variates=True, server_lr=0.8)
+    settings = SGDSettings(momentum=0.0, weight_decay=5e-3)
+    batches = make_batches(13)
+    algorithm = make_algorithm(norm, settings, rules)
+    for b in batches:
+        algorithm.round(b, 0.05)
+    wanted, _ = slow_reference(
+        norm, batches, settings, rules, literal_option_two=True, constant_lr=0.05
+    )
+    assert_equal_weights(algorithm.global_model(), wanted)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "fixup"])
+@pytest.mark.parametrize(
+    ("momentum", "local_momentum"), [(0.0, "reset"), (0.9, "average"), (0.9, "keep")]
+)
+def test_averaging_in_every_step_is_synchronous_sgd(
+    norm: str, momentum: float, local_momentum: str
+) -> None:
+    settings = SGDSettings(momentum=momentum, weight_decay=5e-4, scalar_lr_factor=0.1)
+    rules = FederatedSettings(local_steps=1, local_momentum=local_momentum)
+    algorithm = make_algorithm(norm, settings, rules)
+    model = make_model(norm)
+    synchronous = SynchronousSGD(model, parameter_groups(model), settings)
+    for u, batch in enumerate(make_batches(6)):
+        ours = algorithm.round(batch, learning_rate(u))
+        theirs = synchronous.round(batch, learning_rate(u))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert_equal_weights(algorithm.global_model(), synchronous.global_model().state_dict())
+
+
+class OneWeight(nn.Module):
+    """Logits (w·x, 0): at w = 0 the loss's slope is -x/2 for class 0 and x/2 for class 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, images: Tensor, blocks: Any = None) -> Tensor:
+        score = images.flatten(1) * self.weight
+        return torch.cat([score, torch.zeros_like(score)], dim=1)
+
+
+def hand_sized(
+    momentum: float = 0.0, clip_grad_norm: float | None = None, **rules: Any
+) -> tuple[FederatedAveraging, Local, Local]:
+    """Two devices at w = 0 with slopes -2 and 1, then batches of nothing, whose slope is 0."""
+    model = OneWeight()
+    settings = SGDSettings(momentum=momentum, weight_decay=0.0, clip_grad_norm=clip_grad_norm)
+    algorithm = FederatedAveraging(
+        model, {"weights": [model.weight]}, settings, FederatedSettings(**rules), num_devices=2
+    )
+    first = torch.tensor([4.0, 2.0], dtype=torch.float64).view(2, 1, 1, 1)
+    labels = torch.tensor([0, 1])
+    return (
+        algorithm,
+        Local(first, labels, ((None, 1),)),
+        Local(torch.zeros_like(first), labels, ((None, 1),)),
+    )
+
+
+def weights_after(algorithm: FederatedAveraging, *batches: Local) -> tuple[list[float], float]:
+    """Each device's weight, and their mean, after steps at learning rate 1."""
+    for batch in batches:
+        algorithm.round(batch, 1.0)
+    mean = algorithm.global_model().get_parameter("weight").item()
+    return algorithm.state_dict()["local"]["weight"].flatten().tolist(), mean
+
+
+def test_fedavg_by_hand() -> None:
+    algorithm, first, nothing = hand_sized(local_steps=2)
+    assert weights_after(algorithm, first) == ([2.0, -1.0], 0.5)
+    assert weights_after(algorithm, nothing) == ([0.5, 0.5], 0.5)
+
+
+def test_fedprox_by_hand() -> None:
+    algorithm, first, nothing = hand_sized(local_steps=2, proximal_mu=0.25)
+    assert weights_after(algorithm, first) == ([2.0, -1.0], 0.5)
+    # 2 - 0.25 * 2 and -1 + 0.25 * 1
+    assert weights_after(algorithm, nothing) == ([0.375, 0.375], 0.375)
+
+
+def test_fedavgm_by_hand() -> None:
+    algorithm, first, nothing = hand_sized(server_momentum=0.5, server_lr=2.0)
+    assert weights_after(algorithm, first) == ([1.0, 1.0], 1.0)  # v = -0.5
+    assert weights_after(algorithm, nothing) == ([1.5, 1.5], 1.5)  # v = -0.25
+
+
+def test_fedadam_by_hand() -> None:
+    algorithm, first, _ = hand_sized(
+        server_optimizer="adam", server_lr=0.2, server_momentum=0.9, server_beta2=0.99,
+        server_epsilon=0.1,
+    )  # fmt: skip
+    # Δ = 0.5: m = 0.1 * 0.5, v = 0.99 * 0.1² + 0.01 * 0.5²
+    wanted = 0.2 * 0.05 / (math.sqrt(0.0124) + 0.1)
+    assert weights_after(algorithm, first)[1] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_scaffold_by_hand() -> None:
+    algorithm, first, nothing = hand_sized(local_steps=1, control_variates=True)
+    assert weights_after(algorithm, first) == ([0.5, 0.5], 0.5)
+    # c = (-2, 1), their mean -0.5: corrections 1.5 and -1.5, which cancel in the mean.
+    assert algorithm.state_dict()["variates"]["correction"]["weight"].flatten().tolist() == [
+        1.5, -1.5,
+    ]  # fmt: skip
+    assert weights_after(algorithm, nothing) == ([0.5, 0.5], 0.5)
+    algorithm, first, nothing = hand_sized(local_steps=2, control_variates=True)
+    weights_after(algorithm, first, nothing)  # mean gradients -1 and 0.5, their mean -0.25
+    assert weights_after(algorithm, nothing) == ([0.5 - 0.75, 0.5 + 0.75], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("local_momentum", "devices"),
+    [("average", [0.75, 0.75]), ("keep", [1.5, 0.0]), ("reset", [0.5, 0.5])],
+)
+def test_momentum_by_hand(local_momentum: str, devices: list[float]) -> None:
+    algorithm, first, nothing = hand_sized(momentum=0.5, local_momentum=local_momentum)
+    assert weights_after(algorithm, first) == ([0.5, 0.5], 0.5)  # momenta -2 and 1
+    algorithm._settings = replace(algorithm._settings, local_steps=100)
+    assert weights_after(algorithm, nothing)[0] == devices
+
+
+def test_clipping_by_hand() -> None:
+    algorithm, first, _ = hand_sized(local_steps=2, clip_grad_norm=1.5)
+    devices, mean = weights_after(algorithm, first)
+    assert devices == pytest.approx([1.5, -1.0], rel=1e-6)
+    assert mean == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "fixup"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold"])
+def test_it_goes_on_from_any_step(norm: str, name: str) -> None:
+    rules = replace(RULES[name], local_steps=3)
+    batches = make_batches(8)
+    whole = make_algorithm(norm, LOCAL, rules)
+    files, losses = [], []
+    for u, batch in enumerate(batches):
+        file = io.BytesIO()
+        torch.save(whole.state_dict(), file)
+        files.append(file)
+        losses.append(whole.round(batch, learning_rate(u)))
+    for cut in (1, 3, 4, 5):
+        resumed = make_algorithm(norm, LOCAL, rules)
+        # What was trained before a resume must leave no trace.
+        resumed.round(batches[-1], 0.1)
+        files[cut].seek(0)
+        resumed.load_state_dict(torch.load(files[cut], weights_only=True))
+        for u, batch in enumerate(batches[cut:], start=cut):
+            assert torch.equal(resumed.round(batch, learning_rate(u)), losses[u])
+        for n, value in whole.global_model().state_dict().items():
+            assert torch.equal(value, resumed.global_model().state_dict()[n]), n
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_evaluation_leaves_the_training_alone(norm: str) -> None:
+    rules = replace(RULES["all at once"], local_steps=3)
+    watched, alone = (make_algorithm(norm, LOCAL, rules) for _ in range(2))
+    images, labels = make_batches(1, seed=9)[0].images, make_batches(1, seed=9)[0].labels
+    for u, batch in enumerate(make_batches(5)):
+        ours = watched.round(batch, learning_rate(u))
+        evaluate(watched.global_model(), [images], labels)
+        assert torch.equal(ours, alone.round(batch, learning_rate(u)))
+    before, after = alone.state_dict(), watched.state_dict()
+    for part in ("global", "local", "buffers"):
+        for name, value in before[part].items():
+            assert torch.equal(value, after[part][name]), (part, name)
+
+
+def test_the_global_model_is_the_mean_of_the_devices() -> None:
+    algorithm = make_algorithm("group", LOCAL, FederatedSettings(local_steps=5))
+    for u, batch in enumerate(make_batches(3)):
+        algorithm.round(batch, learning_rate(u))
+    local = algorithm.state_dict()["local"]
+    assert not torch.equal(local["fc.weight"][0], local["fc.weight"][1])
+    for name, parameter in algorithm.global_model().named_parameters():
+        torch.testing.assert_close(parameter.detach(), local[name].mean(dim=0))
+
+
+def test_unequal_local_batches_are_refused() -> None:
+    algorithm = make_algorithm("group", LOCAL, FederatedSettings())
+    batch = make_batches(1)[0]
+    blocks = ((torch.tensor([0]), 6), (torch.tensor([1, 2]), 3))
+    with pytest.raises(ValueError, match="multiple of num_devices = 3"):
+        algorithm.round(replace(batch, blocks=blocks), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "rules", "said"),
+    [
+        ("sync-batch", {}, "norm = 'sync-batch'"),
+        ("group", {"local_momentum": "mean"}, "accepted: average, keep, reset"),
+        ("group", {"server_optimizer": "yogi"}, "accepted: sgd, adam"),
+        ("group", {"local_steps": 0}, "accepted: from 1"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(norm: str, rules: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_algorithm(norm, LOCAL, FederatedSettings(**rules))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"algorithm": "sync-sgd", "local_steps": 10}, "local_steps = 10 has no meaning"),
+        ({"algorithm": "fedavg", "global_batch_size": 322}, "equal local batches"),
+        ({"algorithm": "scaffold", "norm": "sync-batch"}, "norm = 'sync-batch'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        TrialConfig.build(values)
+
+
+def test_names_are_those_of_the_algorithms() -> None:
+    assert config.LOCAL_MOMENTA == federated.LOCAL_MOMENTA
+    assert config.SERVER_OPTIMIZERS == federated.SERVER_OPTIMIZERS
+    assert config.FEATURE_NORMS == FEATURE_NORMS
+
+
+@pytest.mark.parametrize(
+    ("norm", "algorithm"), [("batch", "scaffold"), ("group", "fedavg"), ("fixup", "scaffold")]
+)
+def test_a_trial_trains(norm: str, algorithm: str) -> None:
+    """From the config on: rounds run on across epochs, whose ends fall within them."""
+    made = TrialConfig.build(
+        {**TRAIN, "norm": norm, "algorithm": algorithm, "local_steps": 7, "peak_lr": 0.05,
+         "epochs": 4, "global_batch_size": 32},
+    )  # fmt: skip
+    losses: list[float] = []
+    run = objective.Objective(objective.open_dataset(made, None), torch.device("cpu"))
+    accuracy = run.run(made, seeds=1, on_epoch=lambda p: losses.append(p.result.train_loss))
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert accuracy > 0.3
+
+
+@pytest.mark.parametrize("norm", ["group", "fixup"])
+def test_normalised_features_have_a_root_mean_square_of_one(norm: str) -> None:
+    options: dict[str, Any] = {
+        "norm": norm, "num_classes": 5, "image_size": 8, "num_groups": 2, "seed": 0
+    }  # fmt: skip
+    model = build_model("resnet8", feature_norm="rms", **options)
+    plain = build_model("resnet8", **options)
+    seen: list[Tensor] = []
+    for network in (model, plain):
+        network.get_submodule("fc").register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        network(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    normalised, features = seen
+    torch.testing.assert_close(normalised.square().mean(dim=1), torch.ones(6))
+    torch.testing.assert_close(F.cosine_similarity(normalised, features), torch.ones(6))

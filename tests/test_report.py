@@ -1,0 +1,478 @@
+"""`sweep report` on stores whose numbers are known, and its page in a real browser."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from helpers import make_spec, run, url
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState, create_trial
+
+from data.sources import load_dataset
+from storage.engine import open_storage
+from sweeps import search
+from sweeps.errors import SweepError
+from sweeps.figures import COLOURS, MAX_POINTS, Figure, make_figures
+from sweeps.findings import DATASET_IMAGES, Findings, headline, read_findings, study_sentences
+from sweeps.page import default_folder, page_html, results_csv, table_markdown, write_report
+from sweeps.spec import SweepSpec
+from sweeps.status import CURVES
+from sweeps.studies import create_or_resume, stored_sweep
+
+EPOCHS = 4
+SPACE: dict[str, Any] = {
+    "peak_lr": {"low": 0.01, "high": 1.0, "log": True},
+    "warmup_epochs": {"low": 0.0, "high": 3.0},
+}
+HOSTILE = "</script><img src=x onerror=alert(1)> | [b]x[/b] `c`"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def known_spec(name: str = "known", **changes: Any) -> SweepSpec:
+    changes = {
+        "title": "A & B",
+        "each": {"global_batch_size": [128, 512]},
+        "search": SPACE,
+        "budget": {"trials": 4},
+        **changes,
+        # Of 1,347 digits a fifth is held out: 269 validation images.
+        "train": {"epochs": EPOCHS, "global_batch_size": None, **changes.get("train", {})},
+    }
+    return make_spec(name, **changes)
+
+
+def create(tmp_path: Path, spec: SweepSpec) -> BaseStorage:
+    store = open_storage(url(tmp_path))
+    create_or_resume(store, spec, ["0" * 64] * len(spec.cells))
+    return store
+
+
+def add(
+    store: BaseStorage,
+    spec: SweepSpec,
+    cell: int,
+    outcome: str,
+    curve: list[float],
+    params: dict[str, Any],
+    *,
+    label: str = "",
+    reason: str = "",
+) -> None:
+    """A trial as a worker leaves it."""
+    study = optuna.load_study(storage=store, study_name=spec.study_names()[cell])
+    state = {
+        "complete": TrialState.COMPLETE,
+        "failed": TrialState.FAIL,
+        "running": TrialState.RUNNING,
+    }.get(outcome, TrialState.PRUNED)
+    attrs: dict[str, Any] = {"label": label} if label else {}
+    if outcome != "running":
+        attrs |= {"outcome": outcome, "seconds": 1.5}
+    seeds = spec.budget.seeds
+    value = sum(curve[EPOCHS - 1 :: EPOCHS]) / seeds if outcome == "complete" else None
+    study.add_trial(
+        create_trial(
+            state=state,
+            value=value if state != TrialState.PRUNED or not curve else curve[-1],
+            params=params,
+            distributions=search.distributions(spec.search),
+            user_attrs=attrs | ({"reason": reason} if reason else {}),
+            system_attrs={CURVES: {"val_accuracy": curve}},
+            intermediate_values=dict(enumerate(curve, start=1)),
+        )
+    )
+
+
+def known_sweep(tmp_path: Path, name: str = "known", label: str = "post") -> BaseStorage:
+    """At batch 128 the known setting is nearly as good as the best; at 512 it diverges."""
+    spec = known_spec(name)
+    store = create(tmp_path, spec)
+    settings = [{"peak_lr": lr, "warmup_epochs": w} for lr, w in ((0.1, 0.0), (0.2, 1.0))]
+    add(store, spec, 0, "complete", [0.5, 0.7, 0.8, 0.81], settings[0], label=label)
+    add(store, spec, 0, "complete", [0.4, 0.6, 0.8, 0.82], settings[1])
+    add(store, spec, 0, "pruned", [0.1, 0.2], {"peak_lr": 0.01, "warmup_epochs": 3.0})
+    add(store, spec, 0, "diverged", [], {"peak_lr": 1.0, "warmup_epochs": 0.0}, reason="boom")
+    add(store, spec, 1, "diverged", [0.3], settings[0], label=label, reason="exploded")
+    add(store, spec, 1, "complete", [0.2, 0.3, 0.5, 0.6], settings[1])
+    add(store, spec, 1, "failed", [0.2], settings[0], reason="no memory")
+    add(store, spec, 1, "running", [0.1, 0.3], {"peak_lr": 0.3, "warmup_epochs": 2.0})
+    return store
+
+
+def findings(store: BaseStorage, name: str = "known") -> Findings:
+    return read_findings(store, stored_sweep(store, name))
+
+
+def figures(*found: Findings) -> dict[str, Figure]:
+    return {figure.key: figure for figure in make_figures(found)}
+
+
+def page_of(*found: Findings) -> str:
+    from datetime import UTC, datetime
+
+    return page_html(found, make_figures(found), datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+
+
+def without_scripts(page: str) -> str:
+    return re.sub(r"<script.*?</script>", "", page, flags=re.S)
+
+
+def test_results_csv_has_every_trial(tmp_path: Path) -> None:
+    text = results_csv([findings(known_sweep(tmp_path))])
+    assert text == (
+        "study,number,outcome,label,peak_lr,warmup_epochs,accuracy,epochs,seconds,reason\n"
+        "known/global_batch_size=128,0,complete,post,0.1,0.0,0.81,4,1.5,\n"
+        "known/global_batch_size=128,1,complete,,0.2,1.0,0.82,4,1.5,\n"
+        "known/global_batch_size=128,2,pruned,,0.01,3.0,0.2,2,1.5,\n"
+        "known/global_batch_size=128,3,diverged,,1.0,0.0,,0,1.5,boom\n"
+        "known/global_batch_size=512,0,diverged,post,0.1,0.0,0.3,1,1.5,exploded\n"
+        "known/global_batch_size=512,1,complete,,0.2,1.0,0.6,4,1.5,\n"
+        "known/global_batch_size=512,2,failed,,0.1,0.0,0.2,1,1.5,no memory\n"
+        "known/global_batch_size=512,3,running,,0.3,2.0,0.3,2,,\n"
+    )
+
+
+def test_table_md_is_the_answer(tmp_path: Path) -> None:
+    assert table_markdown([findings(known_sweep(tmp_path))]) == (
+        "## A &amp; B\n\n"
+        "Does it run?\n\n"
+        "| study | setting | trial | outcome | accuracy | searched settings |\n"
+        "|---|---|---:|---|---:|---|\n"
+        "| global_batch_size=128 | best | #1 | complete | 0.8200 | peak_lr=0.2 warmup_epochs=1 |\n"
+        "| global_batch_size=128 | post | #0 | complete | 0.8100 | peak_lr=0.1 warmup_epochs=0 |\n"
+        "| global_batch_size=512 | best | #1 | complete | 0.6000 | peak_lr=0.2 warmup_epochs=1 |\n"
+        "| global_batch_size=512 | post | #0 | diverged | – | peak_lr=0.1 warmup_epochs=0 |\n\n"
+        "Accuracies are on images held out of training; the test images are untouched.\n\n"
+        "7 of 8 trials have ended: 3 complete, 1 pruned, 2 diverged, 1 failed. 1 running and 0 "
+        "queued: what stands here may still change.\n"
+    )
+
+
+def test_the_answer_in_words(tmp_path: Path) -> None:
+    found = findings(known_sweep(tmp_path))
+    assert headline(found) == (
+        "Best accuracy: 0.8200 (global_batch_size=128), 0.6000 (global_batch_size=512)."
+    )
+    first, second = (study_sentences(found, study) for study in found.studies)
+    # sqrt(0.82 * 0.18 / 269) = 0.0234
+    assert first == [
+        "The best of 2 complete trials is #1 with accuracy 0.8200 ± 0.0234, at peak_lr=0.2 "
+        "warmup_epochs=1.",
+        "“post” (#0) reached 0.8100, 0.0100 less: within the standard error of 0.0234 that 269 "
+        "validation images give, and from a single seed, so no evidence of a difference.",
+    ]
+    assert second == [
+        "The only complete trial is #1 with accuracy 0.6000 ± 0.0299, at peak_lr=0.2 "
+        "warmup_epochs=1.",
+        "“post” (#0) diverged: exploded.",
+    ]
+    text = without_scripts(page_of(found))
+    assert "7 of 8 trials have ended: 3 complete, 1 pruned, 2 diverged, 1 failed." in text
+    assert "the test images are untouched" in text
+    assert "how far another seed would move its accuracy was not measured" in text
+    assert "Written 2026-01-02 03:04 UTC" in text
+
+
+def test_captions_say_what_the_data_say(tmp_path: Path) -> None:
+    drawn = figures(findings(known_sweep(tmp_path)))
+    assert list(drawn) == ["best", "curves", "map", "history", "savings"]
+    assert drawn["best"].caption == (
+        "The best accuracy falls from 0.8200 at global_batch_size = 128 to 0.6000 at 512.\nBars "
+        "are one standard error. Hollow: settings known beforehand. Crosses on the lower edge: "
+        "known settings that diverged."
+    )
+    assert "1 of the 2 trials that diverged; 1 did so before an epoch" in drawn["curves"].caption
+    assert (
+        "global_batch_size=128: the lowest peak_lr that diverged is 1, the highest that did not "
+        "0.2." in drawn["map"].caption
+    )
+    # Ended: 4 + 4 + 2 + 0 and 1 + 4 + 1 epochs; spared: 2 pruned, 4 + 3 diverged.
+    assert drawn["savings"].caption == (
+        "The trials that ended spent 16 epochs; run to their ends they would have taken 25. "
+        "Pruning spared 2 (8%), ending trials that diverged 7 (28%)."
+    )
+    (best,) = drawn["best"].as_dict()["panels"]
+    assert best["layout"]["xaxis"]["type"] == "log"
+    assert best["data"][0]["x"] == [128, 512]
+    assert best["data"][0]["y"] == [0.82, 0.6]
+
+
+def test_what_others_wrote_is_text(tmp_path: Path) -> None:
+    found = findings(known_sweep(tmp_path, label=HOSTILE))
+    page = page_of(found)
+    assert "<img" not in page
+    assert "&lt;img src=x" in without_scripts(page)
+    assert page.count("</script>") == 3
+    hovers = json.dumps(figures(found)["map"].as_dict())
+    assert "<img" not in hovers
+    assert "&lt;img" in hovers
+    row = next(line for line in table_markdown([found]).splitlines() if "&lt;img" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 7
+    labels = [row["label"] for row in csv.DictReader(io.StringIO(results_csv([found])))]
+    assert labels[0] == HOSTILE
+    # Nor is it Rich's markup on the terminal.
+    shown = run("status", "known", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "[b]x[/b]" in shown.stdout
+
+
+def test_a_sweep_of_which_nothing_has_ended(tmp_path: Path) -> None:
+    store = create(tmp_path, known_spec())
+    found = findings(store)
+    assert headline(found) == "No trial has completed yet, so there is no best setting."
+    assert make_figures([found]) == []
+    page = page_of(found)
+    assert "0 of 8 trials have ended. 0 running and 8 queued" in page
+    assert "There is nothing to draw yet." in page
+    assert len(page) < 20_000
+    assert results_csv([found]).count("\n") == 1
+
+
+def test_a_sweep_of_which_everything_diverged(tmp_path: Path) -> None:
+    spec = known_spec()
+    store = create(tmp_path, spec)
+    for cell in (0, 1):
+        for lr in (0.1, 0.2, 0.5, 1.0):
+            params = {"peak_lr": lr, "warmup_epochs": 0.0}
+            add(store, spec, cell, "diverged", [0.1] if lr < 0.3 else [], params, reason="boom")
+    found = findings(store)
+    assert headline(found).startswith("No trial has completed yet")
+    assert study_sentences(found, found.studies[0]) == ["No trial has completed."]
+    assert list(figures(found)) == ["curves", "map", "history", "savings"]
+    assert "0 of 8 trials" not in page_of(found)
+    assert "8 of 8 trials have ended: 8 diverged." in page_of(found)
+
+
+def test_a_sweep_that_searches_nothing(tmp_path: Path) -> None:
+    spec = known_spec(
+        each=[{"norm": "group", "split": "iid"}, {"norm": "fixup", "split": "iid"}],
+        train={"norm": None, "split": None, "global_batch_size": 128},
+        search={},
+        budget={"trials": 1, "seeds": 2},
+    )
+    store = create(tmp_path, spec)
+    add(store, spec, 0, "complete", [0.1, 0.3, 0.5, 0.7, 0.2, 0.4, 0.6, 0.9], {})
+    add(store, spec, 1, "complete", [0.1, 0.3, 0.5, 0.5, 0.2, 0.4, 0.6, 0.5], {})
+    found = findings(store)
+    assert study_sentences(found, found.studies[0]) == [
+        "The only complete trial is #0 with accuracy 0.8000 (seeds from 0.7000 to 0.9000)."
+    ]
+    assert found.studies[0].curves[0] == pytest.approx([0.15, 0.35, 0.55, 0.8])
+    assert "Each is the mean over 2 seeds." in page_of(found)
+    drawn = figures(found)
+    assert list(drawn) == ["best", "curves"]
+    assert "Best: highest 0.8000 (norm=group,split=iid), lowest 0.5000" in drawn["best"].caption
+    assert "Bars are the range over seeds." in drawn["best"].caption
+    assert "searched settings" not in table_markdown([found])
+
+
+def test_one_study_needs_no_comparison(tmp_path: Path) -> None:
+    spec = known_spec(each={}, train={"global_batch_size": 128}, search={"momentum": {
+        "low": 0.0, "high": 0.9}})  # fmt: skip
+    store = create(tmp_path, spec)
+    add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.4], {"momentum": 0.5})
+    add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], {"momentum": 0.9})
+    found = findings(store)
+    assert headline(found) == "Best accuracy: 0.5000, by trial #1."
+    assert list(figures(found)) == ["curves", "settings", "history"]
+
+
+def test_several_sweeps_share_their_figures(tmp_path: Path) -> None:
+    known_sweep(tmp_path)
+    other = known_spec("other", train={"norm": "fixup"})
+    store = create(tmp_path, other)
+    add(store, other, 0, "complete", [0.1, 0.2, 0.3, 0.7], {"peak_lr": 0.1, "warmup_epochs": 1.0})
+    add(store, other, 1, "complete", [0.1, 0.2, 0.3, 0.9], {"peak_lr": 0.1, "warmup_epochs": 1.0})
+    both = [findings(store), findings(store, "other")]
+    drawn = figures(*both)
+    (best,) = drawn["best"].as_dict()["panels"]
+    lines = {t["name"]: (t["x"], t["y"]) for t in best["data"] if "lines" in t["mode"]}
+    assert lines == {
+        "known, norm=group": ([128, 512], [0.82, 0.6]),
+        "other, norm=fixup": ([128, 512], [0.7, 0.9]),
+    }
+    assert "other, norm=fixup: best accuracy rises from 0.7000" in drawn["best"].caption
+    assert [panel.title for panel in drawn["map"].panels] == [
+        "known/global_batch_size=128", "known/global_batch_size=512",
+        "other/global_batch_size=128", "other/global_batch_size=512",
+    ]  # fmt: skip
+    assert results_csv(both).count("\n") == 11
+    assert table_markdown(both).count("## ") == 2
+    done = run("report", "known", "other", "known", cwd=tmp_path)
+    assert done.stdout == "known+other-report/index.html\n", done.stderr
+
+
+def many_trials(tmp_path: Path, trials: int) -> BaseStorage:
+    spec = known_spec(each={}, train={"global_batch_size": 128}, budget={"trials": trials})
+    store = create(tmp_path, spec)
+    for number in range(trials):
+        lr, warmup = 0.01 * 1.01 ** (number * 37 % 400), number * 17 % 100 / 33.4
+        params = {"peak_lr": lr, "warmup_epochs": warmup}
+        if lr > 0.2:
+            add(store, spec, 0, "diverged", [], params, reason="boom")
+        else:
+            add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5 + lr + 0.01 * warmup], params)
+    return store
+
+
+def test_many_trials_are_thinned_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = findings(many_trials(tmp_path, 40))
+    assert "Thinned" not in figures(found)["map"].caption
+    monkeypatch.setattr("sweeps.figures.MAX_POINTS", 20)
+    drawn = figures(found)
+    for key in ("map", "history"):
+        assert "Thinned to about 20 trials of each study" in drawn[key].caption
+        (panel,) = drawn[key].as_dict()["panels"]
+        named = ("complete", "pruned", "diverged")
+        points = sum(len(t["x"]) for t in panel["data"] if t["name"] in named)
+        assert 20 <= points <= 21
+    assert MAX_POINTS > 100
+
+
+def test_the_cliff_and_the_importance(tmp_path: Path) -> None:
+    drawn = figures(findings(many_trials(tmp_path, 40)))
+    (panel,) = drawn["map"].as_dict()["panels"]
+    (outline,) = [t for t in panel["data"] if t["type"] == "contour"]
+    lr = outline["x"]
+    for row in outline["z"]:
+        assert row[0] < 0.5 < row[-1]
+    assert lr[0] == pytest.approx(0.01)
+    (bars,) = drawn["importance"].as_dict()["panels"][0]["data"]
+    assert set(bars["y"]) == {"peak_lr", "warmup_epochs"}
+    assert sum(bars["x"]) == pytest.approx(1)
+    assert "peak_lr matters most" in drawn["importance"].caption
+
+
+def test_the_sizes_of_the_data_sets_are_theirs() -> None:
+    digits = load_dataset("digits")
+    assert DATASET_IMAGES["digits"] == (len(digits.train_labels), len(digits.test_labels))
+
+
+def test_colours_are_told_apart() -> None:
+    assert len(set(COLOURS)) == len(COLOURS) == 7
+
+
+def test_the_command_writes_four_files_and_names_the_page(tmp_path: Path) -> None:
+    store = known_sweep(tmp_path)
+    before = (tmp_path / "sweep.db").read_bytes()
+    done = run("report", "known", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "known-report/index.html\n"
+    folder = tmp_path / "known-report"
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "figures.json", "index.html", "results.csv", "table.md",
+    ]  # fmt: skip
+    assert {f.stat().st_mode & 0o044 for f in folder.iterdir()} == {
+        (tmp_path / "sweep.db").stat().st_mode & 0o044
+    }
+    drawn = json.loads((folder / "figures.json").read_text())
+    assert [figure["key"] for figure in drawn] == ["best", "curves", "map", "history", "savings"]
+    assert drawn[0]["panels"][0]["data"]
+    assert (folder / "index.html").stat().st_size < 3_000_000
+    # Again, elsewhere and over what is there.
+    (folder / "table.md").write_text("old")
+    again = run("report", "known", "--out", "known-report", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "table.md").read_text().startswith("## A")
+    assert (tmp_path / "sweep.db").read_bytes() == before
+    del store
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["report", "knwon"], "did you mean 'known'"),
+        (["report", "known", "--out", "taken"], "cannot write the report to taken"),
+        (["report", "known", "--storage", "sqlite:///none.db"], "none.db does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    create(tmp_path, known_spec())
+    (tmp_path / "taken").write_text("a file")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_interrupted_write_leaves_the_old_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = known_sweep(tmp_path)
+    sweeps = [stored_sweep(store, "known")]
+    page = write_report(store, sweeps, tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in page.parent.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SweepError, match="No space left"):
+        write_report(store, sweeps, tmp_path / "out")
+    assert {f.name: f.read_bytes() for f in page.parent.iterdir()} == before
+
+
+def test_the_default_folder() -> None:
+    assert default_folder(["a"]) == Path("a-report")
+    assert default_folder(["a", "b"]) == Path("a+b-report")
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
+    page = page_of(findings(known_sweep(tmp_path)))
+    assert "default-src 'none'" in page
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("label", ["post", HOSTILE], ids=["plain", "hostile"])
+def test_every_figure_is_drawn_in_a_browser(tmp_path: Path, label: str) -> None:
+    known_sweep(tmp_path, label=label)
+    assert run("report", "known", cwd=tmp_path).returncode == 0
+    page = tmp_path / "known-report" / "index.html"
+    # The browser tells the size of each drawing and what it fetched.
+    probe = (
+        "<script>addEventListener('load', () => setTimeout(() => { document.body.dataset.sizes = "
+        "JSON.stringify([...document.querySelectorAll('.plot')].map((p) => { const s = "
+        "p.querySelector('svg.main-svg'), b = s ? s.getBoundingClientRect() : null; return [p.id, "
+        "b ? b.width : 0, b ? b.height : 0, p.querySelectorAll('.point, .js-line, .contourlines')"
+        ".length]; })); document.body.dataset.fetched = performance.getEntriesByType('resource')"
+        ".length; }, 5000));</script></body>"
+    )
+    page.write_text(page.read_text().replace("</body>", probe))
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}", "--window-size=1440,2000",
+            "--virtual-time-budget=10000", "--enable-logging=stderr", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert said == []
+    panels = re.findall(r'class="plot[^"]*" id="([a-z]+-\d+)"', page.read_text())
+    assert len(panels) == 7
+    assert f'data-drawn="{len(panels)}"' in done.stdout
+    assert 'data-fetched="0"' in done.stdout
+    found = re.search(r'data-sizes="([^"]*)"', done.stdout)
+    assert found is not None
+    sizes = json.loads(found[1].replace("&quot;", '"'))
+    assert [name for name, *_ in sizes] == panels
+    for name, width, height, marks in sizes:
+        assert width > 200, name
+        assert height > 100, name
+        assert marks > 0, name
