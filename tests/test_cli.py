@@ -94,9 +94,10 @@ def test_a_sweep_from_start_to_answer(tmp_path: Path) -> None:
     assert status(tmp_path) == found
     # Each command that the answer names is one that runs.
     named = [line.partition("sweep ")[2] for line in done.stdout.splitlines() if ": " in line]
-    offered = [line.split() for line in named if line.startswith(("status", "dashboard"))]
-    assert len(offered) == 2
-    assert run(*offered[0], cwd=tmp_path).returncode == 0
+    offered = [line.split() for line in named if line.startswith(("status", "report", "dashboard"))]
+    assert len(offered) == 3
+    for line in offered[:2]:
+        assert run(*line, cwd=tmp_path).returncode == 0
     # A larger budget goes on, by exactly the difference.
     more = run("start", spec, "--set", "trials=4", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
