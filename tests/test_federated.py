@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import TRAIN
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from sweeps.training import federated
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import evaluate
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
-from tests.helpers import TRAIN
 
 D, PER_DEVICE, CLASSES = 3, 4, 5
 

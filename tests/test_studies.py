@@ -22,7 +22,7 @@ class Killed(BaseException):
     """A kill -9 at a chosen write."""
 
 
-@pytest.mark.parametrize("writes", range(1, 40, 2))
+@pytest.mark.parametrize("writes", range(1, 40, 5))
 def test_a_creation_that_was_cut_short_is_completed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
