@@ -103,8 +103,7 @@ class CheckpointStore:
             self._sync_folder()
         except OSError as error:
             raise CheckpointError(
-                f"cannot save checkpoint {path} ({error.strerror or error}); "
-                "free some space or choose another checkpoint folder"
+                f"cannot save checkpoint {path} ({error.strerror or error}); free some space there"
             ) from error
 
     def load(self, key: str) -> dict[str, Any] | None:

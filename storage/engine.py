@@ -144,6 +144,27 @@ def exclusive(storage: BaseStorage, url: str) -> Iterator[None]:
         yield
 
 
+def close_storage(storage: BaseStorage, url: str) -> None:
+    """Give up a storage's connections; leave a SQLite database whole in its one file.
+
+    While a database is in use, its latest writes stand in `FILE-wal` beside it. Whoever copies
+    the file alone after a sweep has ended should not lose them.
+    """
+    from optuna.storages import RDBStorage
+
+    backend = getattr(storage, "_backend", storage)
+    if isinstance(backend, RDBStorage):
+        backend.remove_session()
+        backend.engine.dispose()
+    file = sqlite_path(url)
+    if file is not None:
+        try:
+            with closing(sqlite3.connect(file, timeout=5)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error:
+            return  # others still work on it; the last of them to leave does this
+
+
 def sql_engine(storage: BaseStorage) -> Engine:
     """Return the SQLAlchemy engine under an Optuna storage.
 
@@ -270,11 +291,11 @@ def _prepare_file(file: Path) -> None:
             complete = "version_info" in _table_names(connection)
     except sqlite3.Error as error:
         _refuse_other_formats(file, error)
-        advice = (
-            "another process holds it; wait or find that process"
-            if "locked" in str(error)
-            else "choose a folder that you may write to"
-        )
+        advice = "choose a folder that you may write to"
+        if "locked" in str(error):
+            advice = "another process holds it; wait or find that process"
+        elif "full" in str(error):
+            advice = "free some space"
         raise StorageError(f"cannot write to {file} ({error}); {advice}") from error
     if mode != "wal":
         raise StorageError(f"{file} cannot be shared by processes there; put it on a local disk")
@@ -388,7 +409,7 @@ def _missing_driver(url: str) -> str:
     scheme = url.split("://", 1)[0]
     if scheme.startswith("postgres"):
         return (
-            f"no driver for {scheme}; run pip install 'sweep[postgresql]' "
+            f"no driver for {scheme}; run pip install 'psycopg[binary]' "
             "and write the URL as postgresql+psycopg://…"
         )
     if scheme.startswith(("mysql", "mariadb")):

@@ -38,6 +38,25 @@ app = typer.Typer(
     help="Hyperparameter sweeps for training without Batch Normalization on non-IID data.",
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        typer.echo(f"sweep {metadata.version('sweep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say which it is."),
+    ] = False,
+) -> None:
+    """Hyperparameter sweeps for training without Batch Normalization on non-IID data."""
+
+
 Storage = Annotated[
     str,
     typer.Option(
@@ -63,7 +82,7 @@ Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 @app.command(rich_help_panel="Run")
 def start(
-    sweep: Annotated[str, typer.Argument(help="A preset's name, or the path of a TOML file.")],
+    sweep: Annotated[str, typer.Argument(help="A preset, a TOML file, or a sweep in the store.")],
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
@@ -81,7 +100,8 @@ def start(
     """Run a sweep, or go on with it: create its studies, launch workers, show the answer."""
     spec = _load(sweep, storage_url, quick, overrides, name)
     # After the spec, so that a mistake in it shows before PyTorch has loaded.
-    from sweeps.run import run_sweep
+    with _stderr().status("loading PyTorch and Optuna"):
+        from sweeps.run import run_sweep
 
     again = ["sweep", *sys.argv[1:]]
     code = run_sweep(
@@ -288,6 +308,8 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, usage_error):
             message = str(error.format_message())  # type: ignore[attr-defined]
+            if not message:  # `sweep` alone has shown its help
+                sys.exit(2)
             _fail(f"{message.rstrip('.')}; sweep --help lists what there is", 2)
         # By name, as importing the leaves' own errors would load PyTorch for every mistake.
         names = {cls.__name__ for cls in type(error).__mro__}

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.config import Value
-from sweeps.status import StudyStatus, SweepStatus, TrialStatus
+from sweeps.status import SweepStatus, TrialStatus
 
 
 class View(Protocol):
@@ -111,6 +111,7 @@ class LiveView:
                 self._bar,
                 study_table(status),
                 _running_table(status),
+                _best_lines(status),
                 Text("Ctrl-C stops and keeps everything; start again to go on.", style="dim"),
             )
         )
@@ -163,47 +164,47 @@ class PlainTable(Table):
 
 
 def study_table(status: SweepStatus) -> Table:
-    """Each study's trials by outcome and its best so far."""
+    """Each study's trials by outcome and its best accuracy so far."""
     table = PlainTable(box=None, pad_edge=False, header_style="dim")
-    table.add_column("study", overflow="fold")
-    for column in ("done", "complete", "pruned", "diverged", "failed", "running", "best"):
+    table.add_column("study", overflow="fold", ratio=1)
+    for column in ("done", "complete", "pruned", "diverged", "failed", "best"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("settings of the best", overflow="fold", ratio=1)
     for study in status.studies:
-        table.add_row(*_study_row(status, study))
+        best = study.best
+        table.add_row(
+            study.name.removeprefix(f"{status.name}/"),
+            f"{study.finished}/{study.budget}",
+            *(str(study.count(o)) for o in ("complete", "pruned", "diverged", "failed")),
+            f"{best.accuracy:.4f}" if best and best.accuracy is not None else "–",
+        )
     return table
 
 
-def _study_row(status: SweepStatus, study: StudyStatus) -> list[str]:
-    best = study.best
-    counts = [
-        str(study.count(outcome))
-        for outcome in ("complete", "pruned", "diverged", "failed", "running")
+def _best_lines(status: SweepStatus) -> Text:
+    """The settings of each study's best, a line each."""
+    lines = [
+        f"best of {study.name.removeprefix(f'{status.name}/')}: {describe_params(best.params)}"
+        for study in status.studies
+        if (best := study.best) and best.params
     ]
-    return [
-        study.name.removeprefix(f"{status.name}/"),
-        f"{study.finished}/{study.budget}",
-        *counts,
-        f"{best.accuracy:.4f}" if best and best.accuracy is not None else "–",
-        describe_params(best.params) if best else "",
-    ]
+    return Text("\n".join(lines), style="dim", overflow="ellipsis", no_wrap=True)
 
 
 def _running_table(status: SweepStatus) -> Table:
     table = PlainTable(box=None, pad_edge=False, header_style="dim")
-    for column in ("worker", "study", "trial"):
-        table.add_column(column, no_wrap=True)
-    for column in ("epoch", "accuracy", "images/s"):
+    table.add_column("running", overflow="fold", ratio=1)
+    for column in ("trial", "epoch", "accuracy", "images/s"):
         table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("worker", overflow="ellipsis", no_wrap=True, max_width=24)
     for study in status.studies:
         for trial in study.trials:
             if trial.outcome == "running":
                 table.add_row(
-                    trial.worker,
                     study.name.removeprefix(f"{status.name}/"),
                     f"#{trial.number}",
                     f"{trial.step}/{study.steps_per_trial}",
                     f"{trial.accuracy:.4f}" if trial.accuracy is not None else "–",
                     f"{trial.images_per_second:,.0f}" if trial.images_per_second else "–",
+                    trial.worker,
                 )
     return table

@@ -16,7 +16,14 @@ import torch
 from rich.console import Console
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
-from storage.engine import check_url, exclusive, open_storage
+from storage.engine import (
+    EmptyStorageError,
+    check_url,
+    close_storage,
+    exclusive,
+    open_storage,
+    sqlite_path,
+)
 from storage.trials import TrialQueue, with_retries
 from sweeps import search
 from sweeps.config import Value
@@ -27,7 +34,7 @@ from sweeps.progress import open_view
 from sweeps.report import answer_table, outcome_lines
 from sweeps.spec import SweepSpec
 from sweeps.status import SweepStatus, read_status
-from sweeps.studies import create_or_resume, shown_url, stored_sweep
+from sweeps.studies import create_or_resume, shown_url, stored_names, stored_sweep
 from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
 
 if TYPE_CHECKING:
@@ -65,6 +72,9 @@ def run_sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search.check(spec)
     check_url(storage_url)
+    if (done := _already_done(spec, storage_url)) is not None:
+        _print_answer(done, storage_url, again, out)
+        return 0
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
     with exclusive(store, storage_url):
@@ -85,6 +95,8 @@ def run_sweep(
     if not status.done:
         code = _run_workers(spec.name, store, storage_url, data_dir, slots, read, err)
     status = read()
+    close_storage(watcher, storage_url)
+    close_storage(store, storage_url)
     _print_answer(status, storage_url, again.replace(storage_url, shown_url(storage_url)), out)
     if not status.done:
         return code
@@ -95,6 +107,22 @@ def run_sweep(
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     return 1 if hopeless else 0
+
+
+def _already_done(spec: SweepSpec, storage_url: str) -> SweepStatus | None:
+    """The state of a sweep that has nothing left to run: it is answered without its images."""
+    file = sqlite_path(storage_url)
+    if file is None or not file.exists():
+        return None
+    try:
+        store = open_storage(storage_url, read_only=True)
+    except EmptyStorageError:
+        return None
+    if spec.name not in stored_names(store):
+        return None
+    sweep = stored_sweep(store, spec.name)
+    status = read_status(store, sweep)
+    return status if sweep.spec == spec and status.done else None
 
 
 def _run_workers(

@@ -276,8 +276,8 @@ def load(
         if not isinstance(overlay, dict):
             raise SpecError(f"{found} has no [quick] table, so --quick has no meaning for it")
         for key in overlay:
-            if key not in SECTIONS or key == "quick":
-                accepted = [section for section in SECTIONS if section != "quick"]
+            if key not in (*SECTIONS, *TEXTS) or key == "quick":
+                accepted = [section for section in (*SECTIONS, *TEXTS) if section != "quick"]
                 raise SpecError(f"[quick] has no key {key!r}; {nearest(key, accepted)}")
         table = _overlay(table, overlay)
         found += "-quick"
@@ -301,7 +301,7 @@ def read_table(name: str) -> tuple[dict[str, Any], str]:
     if name.endswith(".toml"):
         path = Path(name)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise SpecError(f"cannot read {name}: {reason}") from None
@@ -549,6 +549,11 @@ def _check_cells(spec: SweepSpec) -> None:
     """Build every config at the edges of the space, so that contradictions show at once."""
     for cell in spec.cells:
         tried = [t for t in spec.tries if t.applies_to(cell)]
+        if not spec.search and spec.budget.trials > 1:
+            raise SpecError(
+                f"nothing is searched, so the {spec.budget.trials} trials of a study would all be "
+                "the same; fill [search], or set [budget] trials = 1 (and seeds for repeats)"
+            )
         if len(tried) > spec.budget.trials:
             raise SpecError(
                 f"[budget] trials = {spec.budget.trials} is fewer than the {len(tried)} "
@@ -620,8 +625,8 @@ def _override(table: dict[str, Any], text: str) -> None:
         else:
             hint = nearest(key, [*settings, *budget])
             raise SpecError(f"--set {text!r}: there is no key {key!r}; {hint}")
-    if parts[0] not in (*SECTIONS, *TEXTS) or parts[0] in ("try", "quick"):
-        accepted = [s for s in (*SECTIONS, *TEXTS) if s not in ("try", "quick")]
+    if parts[0] not in (*SECTIONS, *TEXTS) or parts[0] == "quick":
+        accepted = [s for s in (*SECTIONS, *TEXTS) if s != "quick"]
         raise SpecError(
             f"--set {text!r}: there is no section {parts[0]!r}; {nearest(parts[0], accepted)}"
         )

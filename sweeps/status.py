@@ -65,7 +65,8 @@ class StudyStatus:
         budget: trials that it may run.
         validation: what scores a trial, `holdout` or `test`.
         steps_per_trial: epochs of a trial that is not pruned, over all seeds.
-        trials: all that have begun or are enqueued, within the budget.
+        trials: all that are enqueued or have begun within the budget, and those that ended
+            when it was larger.
     """
 
     name: str
@@ -78,7 +79,7 @@ class StudyStatus:
     def count(self, outcome: str) -> int:
         """How many trials have this outcome; "queued" counts those not yet created too."""
         if outcome == "queued":
-            return self.budget - sum(t.outcome != "queued" for t in self.trials)
+            return max(0, self.budget - sum(t.outcome != "queued" for t in self.trials))
         return sum(t.outcome == outcome for t in self.trials)
 
     @property
@@ -163,7 +164,7 @@ def _read_study(store: BaseStorage, spec: SweepSpec, study: SweepStudy) -> Study
         budget=study.budget,
         validation=config.validation,
         steps_per_trial=config.epochs * spec.budget.seeds,
-        trials=[_read_trial(t) for t in trials if t.number < study.budget],
+        trials=[_read_trial(t) for t in trials if t.number < study.budget or t.state.is_finished()],
     )
 
 

@@ -277,7 +277,7 @@ def test_other_schema_version(tmp_path: Path, read_only: bool) -> None:
 
 
 def test_servers() -> None:
-    assert "pip install 'sweep[postgresql]'" in message("postgresql+pg8000://me@host/name")
+    assert "pip install 'psycopg[binary]'" in message("postgresql+pg8000://me@host/name")
     assert "mysql+pymysql" in message("mysql+mysqldb://me@host/name")
     assert "no driver for nonsense" in message("nonsense://me@host/name")
     assert "write grpc://HOST:PORT" in message("grpc://host")
