@@ -616,7 +616,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     parts = key.split(".")
     settings = TrialConfig.settings()
     budget = [f.name for f in dataclasses.fields(Budget)]
-    if len(parts) == 1 and parts[0] not in TEXTS and parts[0] != "try":
+    if len(parts) == 1 and parts[0] not in (*SECTIONS, *TEXTS):
         if parts[0] in budget:
             parts = ["budget", *parts]
         elif parts[0] in settings:

@@ -226,6 +226,16 @@ def test_overrides_reach_any_key(tmp_path: Path) -> None:
     assert made.title == "Mine"
 
 
+def test_a_whole_section_may_be_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.toml", SMALL)
+    made = spec.load(
+        path, overrides=["try=[]", "each={ norm = ['group'] }", "train={ epochs = 8 }"]
+    )
+    assert made.study_names() == ["mine/norm=group"]
+    assert made.tries == ()
+    assert dict(made.train) == {"epochs": 8}
+
+
 def test_enumerating_less_drops_the_tries_of_what_is_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", SMALL)
     assert spec.load(path, overrides=["each.global_batch_size=[320]"]).tries == ()
