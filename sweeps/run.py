@@ -17,7 +17,7 @@ from rich.console import Console
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
 from storage.engine import (
-    EmptyStorageError,
+    StorageError,
     check_url,
     close_storage,
     exclusive,
@@ -74,7 +74,7 @@ def run_sweep(
     check_url(storage_url)
     if (done := _already_done(spec, storage_url)) is not None:
         _print_answer(done, storage_url, again, out)
-        return 0
+        return _done_code(done, err)
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
     with exclusive(store, storage_url):
@@ -97,9 +97,12 @@ def run_sweep(
     status = read()
     close_storage(watcher, storage_url)
     close_storage(store, storage_url)
-    _print_answer(status, storage_url, again.replace(storage_url, shown_url(storage_url)), out)
-    if not status.done:
-        return code
+    _print_answer(status, storage_url, again, out)
+    return _done_code(status, err) if status.done else code
+
+
+def _done_code(status: SweepStatus, err: Console) -> int:
+    """The exit status of a sweep that has met its budget: 1 if a study has failed trials only."""
     hopeless = [s.name for s in status.studies if s.count("failed") == s.finished]
     if hopeless:
         err.print(
@@ -116,13 +119,16 @@ def _already_done(spec: SweepSpec, storage_url: str) -> SweepStatus | None:
         return None
     try:
         store = open_storage(storage_url, read_only=True)
-    except EmptyStorageError:
-        return None
-    if spec.name not in stored_names(store):
-        return None
-    sweep = stored_sweep(store, spec.name)
-    status = read_status(store, sweep)
-    return status if sweep.spec == spec and status.done else None
+    except StorageError:
+        return None  # nothing there yet, or a fault that opening it to write explains better
+    try:
+        if spec.name not in stored_names(store):
+            return None
+        sweep = stored_sweep(store, spec.name)
+        status = read_status(store, sweep)
+        return status if sweep.spec == spec and status.done else None
+    finally:
+        close_storage(store, storage_url)
 
 
 def _run_workers(
@@ -329,7 +335,7 @@ def _print_answer(status: SweepStatus, storage_url: str, again: str, out: Consol
         "inspect": f"sweep dashboard {where}",
     }
     if not status.done:
-        lines = {"go on": again, **lines}
+        lines = {"go on": again.replace(storage_url, shown_url(storage_url)), **lines}
     out.print()
     for label, command in lines.items():
         out.print(f"{label + ':':<12}{command}", highlight=False, markup=False, soft_wrap=True)

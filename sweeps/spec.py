@@ -68,10 +68,14 @@ class Range:
 
     def values(self) -> Sequence[Value]:
         """Its choices, every whole number of it, or, of a continuous range, its two ends."""
-        if self.choices:
-            return self.choices
         if isinstance(self.low, int) and isinstance(self.high, int):
             return range(self.low, self.high + 1, int(self.step or 1))
+        return self.ends()
+
+    def ends(self) -> Sequence[Value]:
+        """Its choices, or its lowest and highest value."""
+        if self.choices:
+            return self.choices
         assert self.low is not None
         assert self.high is not None
         return (self.low, self.high)
@@ -176,11 +180,11 @@ class SweepSpec:
 
     def lowest_params(self) -> dict[str, Value]:
         """A point of the search space: every setting at its lowest."""
-        return {name: min(_bounds(r), key=_order) for name, r in self.search.items()}
+        return {name: min(r.ends(), key=_order) for name, r in self.search.items()}
 
     def edges(self) -> Iterator[dict[str, Value]]:
         """Every combination of the searched settings' choices and ends, `MAX_EDGES` at most."""
-        combinations = itertools.product(*(_bounds(r) for r in self.search.values()))
+        combinations = itertools.product(*(r.ends() for r in self.search.values()))
         for values in itertools.islice(combinations, MAX_EDGES):
             yield dict(zip(self.search, values, strict=True))
 
@@ -214,9 +218,15 @@ class SweepSpec:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> SweepSpec:
-        """Read back what `as_dict` gave."""
+        """Read back what `as_dict` gave.
+
+        Its edges were checked when it was made, and workers and views read it again and again.
+
+        Raises:
+            SpecError: if another version of the program wrote what this one cannot read.
+        """
         table = dict(stored)
-        return cls.from_table(table, name=table.pop("name"))
+        return cls._parse(table, table.pop("name"))
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], *, name: str) -> SweepSpec:
@@ -225,6 +235,12 @@ class SweepSpec:
         Raises:
             SpecError: naming the first key that is wrong and what is accepted there.
         """
+        spec = cls._parse(table, name)
+        _check_cells(spec)
+        return spec
+
+    @classmethod
+    def _parse(cls, table: Mapping[str, Any], name: str) -> SweepSpec:
         _check_name(name)
         for key in table:
             if key not in SECTIONS and key not in TEXTS:
@@ -240,7 +256,7 @@ class SweepSpec:
         search = _parse_search(_table(table, "search"))
         _check_once(train, cells, search)
         tries = _parse_tries(table.get("try", []), cells, search)
-        spec = cls(
+        return cls(
             name=name,
             train=train,
             cells=cells,
@@ -252,8 +268,6 @@ class SweepSpec:
             workers=WorkerShare(**_parse_counts(table, "workers", WorkerShare)),
             **texts,
         )
-        _check_cells(spec)
-        return spec
 
 
 def load(
@@ -568,14 +582,6 @@ def _check_cells(spec: SweepSpec) -> None:
                 where = ", ".join(f"{name} = {params[name]}" for name in names)
                 reached = f" ([search] or [[try]] reaches {where})" if where else ""
                 raise SpecError(f"{error}{reached}") from error
-
-
-def _bounds(space: Range) -> tuple[Value, ...]:
-    if space.choices:
-        return space.choices
-    assert space.low is not None
-    assert space.high is not None
-    return (space.low, space.high)
 
 
 def _order(value: Value) -> tuple[bool, Value]:

@@ -291,10 +291,12 @@ class Worker:
         They were reported by a worker whose checkpoints are elsewhere or lost, and will be
         trained again.
         """
-        covered = objective.completed_steps(config, self._checkpoints, key)
-        if any(step > covered for step in trial._cached_frozen_trial.intermediate_values):
-            self._queue.forget_steps(claim, after=covered)
-            trial = with_retries(lambda: optuna.Trial(trial.study, claim.trial_id))
+        reported = trial._cached_frozen_trial.last_step
+        if reported is not None:
+            covered = objective.completed_steps(config, self._checkpoints, key)
+            if reported > covered:
+                self._queue.forget_steps(claim, after=covered)
+                trial = with_retries(lambda: optuna.Trial(trial.study, claim.trial_id))
         # The known settings are what the others are compared with: they run to their end.
         return _Reporter(
             self._store,

@@ -262,7 +262,7 @@ def test_a_trial_that_gets_on_may_lose_any_number_of_workers(
 def test_a_checkpoint_of_a_store_that_is_gone_is_not_taken_up(tmp_path: Path) -> None:
     spec = make_spec(budget={"trials": 1})
     begin(tmp_path, spec)
-    heard: list[int] = []
+    taken_up: list[Any] = []
     stop = StopRequest()
     with pytest.MonkeyPatch.context() as patch:
         stop_after(2, stop, patch)
@@ -272,15 +272,16 @@ def test_a_checkpoint_of_a_store_that_is_gone_is_not_taken_up(tmp_path: Path) ->
         file.unlink()
     begin(tmp_path, spec)
     with pytest.MonkeyPatch.context() as patch:
-        trained = worker_module.Objective.completed_steps
+        load = Objective._load
 
-        def hear(self: Any, *args: Any) -> int:
-            heard.append(trained(self, *args))
-            return heard[-1]
+        def loading(self: Any, *args: Any) -> Any:
+            state = load(self, *args)
+            taken_up.append((state["finished"], state["training"]))
+            return state
 
-        patch.setattr(worker_module.Objective, "completed_steps", hear)
+        patch.setattr(Objective, "_load", loading)
         make_worker(tmp_path).run()
-    assert heard == [0]
+    assert taken_up == [([], None)]
 
 
 def test_without_its_checkpoint_a_trial_starts_over_and_so_does_its_curve(
