@@ -294,8 +294,8 @@ def _prepare_file(file: Path) -> None:
         advice = "choose a folder that you may write to"
         if "locked" in str(error):
             advice = "another process holds it; wait or find that process"
-        elif "full" in str(error):
-            advice = "free some space"
+        elif "full" in str(error) or "I/O" in str(error):
+            advice = "free some space there, or check the disk"
         raise StorageError(f"cannot write to {file} ({error}); {advice}") from error
     if mode != "wal":
         raise StorageError(f"{file} cannot be shared by processes there; put it on a local disk")
