@@ -25,7 +25,7 @@ class Setting:
 
     Attributes:
         doc: one sentence for people.
-        kind: `int`, `float` or `str`.
+        kind: `int`, `float`, `str` or `bool`.
         choices: the accepted names of a `str`.
         low, high: the accepted range of a number, ends included.
         above: the number must be greater than this.
@@ -48,6 +48,8 @@ class Setting:
         """Say in words what is accepted."""
         if self.choices:
             return " | ".join(repr(choice) for choice in self.choices)
+        if self.kind is bool:
+            return "true | false"
         number = "a whole number" if self.kind is int else "a number"
         limits = []
         if self.above > -math.inf:
@@ -68,6 +70,10 @@ class Setting:
         problem = SpecError(f"{name} = {value!r} is not accepted; accepted: {self.accepted()}")
         if self.word is not None and value == self.word:
             return self.word
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise problem
+            return value
         if self.kind is str:
             if not isinstance(value, str) or (self.choices and value not in self.choices):
                 if isinstance(value, str):
@@ -89,17 +95,20 @@ def _setting(default: Value, doc: str, kind: type, **limits: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(doc, kind, **limits)})
 
 
-DATASETS = ("cifar10", "digits", "images")
+DATASETS = ("cifar10", "cifar100", "digits", "images")
 MODELS = ("resnet8", "resnet18", "resnet20")
 FEATURE_NORMS = ("none", "rms")
 NORMS = ("batch", "sync-batch", "group", "layer", "instance", "fixup")
-SPLITS = ("iid", "classes", "dirichlet")
+SPLITS = ("iid", "classes", "dirichlet", "quantity")
 ASSIGNMENTS = ("pairs", "ring")
 AUGMENTS = ("none", "crop", "crop-flip")
 ALGORITHMS = ("sync-sgd", "fedavg", "scaffold")
 LOCAL_MOMENTA = ("average", "keep", "reset")
 SERVER_OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("plateau", "cosine", "constant")
+AVERAGE_WEIGHTS = ("uniform", "images")
+OPTIMIZERS = ("sgd", "lars")
+WARMUP_SHAPES = ("linear", "cosine", "exponential")
+SCHEDULES = ("plateau", "cosine", "exponential", "constant")
 
 
 @dataclass(frozen=True)
@@ -189,10 +198,29 @@ class TrialConfig:
         choices=ASSIGNMENTS,
     )
     alpha: float = _setting(
-        0.5, "Concentration of the Dirichlet split; smaller is more skewed.", float, above=0
+        0.5,
+        "Concentration of the Dirichlet distribution that `dirichlet` draws each class's shares "
+        "from, and `quantity` the devices' sizes; smaller is more skewed.",
+        float,
+        above=0,
     )
     min_images_per_device: int = _setting(
-        10, "Fewest images of a device in the Dirichlet split.", int, low=1
+        10, "Fewest images of a device (`dirichlet` and `quantity`).", int, low=1
+    )
+    shared_images: int = _setting(
+        0,
+        "Training images, equally many of each class as far as they go, that every device holds "
+        "beside its own.",
+        int,
+        low=0,
+    )
+    participation: float = _setting(
+        1.0,
+        "Share of the devices that take part in a round, drawn anew for each; they bring the "
+        "whole `global_batch_size`.",
+        float,
+        above=0,
+        high=1,
     )
 
     algorithm: str = _setting(
@@ -220,6 +248,13 @@ class TrialConfig:
     proximal_mu: float = _setting(
         0.0, "FedProx: pull of the last average on the local weights (μ); 0 is none.", float, low=0
     )
+    average_weights: str = _setting(
+        "uniform",
+        "What a device's weights count in the average: all the same, or in proportion to the "
+        "`images` that it holds.",
+        str,
+        choices=AVERAGE_WEIGHTS,
+    )
     server_optimizer: str = _setting(
         "sgd",
         "What the server does with the mean change of the devices' weights: `sgd` takes it as a "
@@ -244,14 +279,21 @@ class TrialConfig:
         1e-3, "FedAdam's adaptivity (τ): smaller adapts more.", float, above=0
     )
     global_batch_size: int = _setting(
-        320, "Images of one update, over all devices (B).", int, low=1
+        320, "Images of one update, over all devices that take part (B).", int, low=1
     )
     epochs: int = _setting(100, "Passes over the training images.", int, low=1, searchable=False)
     peak_lr: float = _setting(0.1, "Learning rate after the warmup.", float, above=0)
     warmup_start_factor: float = _setting(
         0.1, "Learning rate of the first update, as a share of `peak_lr`.", float, above=0, high=1
     )
-    warmup_epochs: float = _setting(0.0, "Length of the linear warmup; 0 is none.", float, low=0)
+    warmup_epochs: float = _setting(0.0, "Length of the warmup; 0 is none.", float, low=0)
+    warmup_shape: str = _setting(
+        "linear",
+        "How the learning rate rises: by equal steps (`linear`), slowly at both ends (`cosine`), "
+        "or by equal factors (`exponential`).",
+        str,
+        choices=WARMUP_SHAPES,
+    )
     schedule: str = _setting("plateau", "What follows the warmup.", str, choices=SCHEDULES)
     plateau_factor: float = _setting(
         0.1, "The learning rate is multiplied by this on a plateau.", float, above=0, high=0.99
@@ -262,7 +304,25 @@ class TrialConfig:
     plateau_threshold: float = _setting(
         1e-4, "Relative gain in validation accuracy that counts as better.", float, low=0
     )
+    exponential_gamma: float = _setting(
+        0.97,
+        "The learning rate is multiplied by this in every epoch after the warmup "
+        "(`exponential`).",
+        float,
+        above=0,
+        high=1,
+    )
+    optimizer: str = _setting(
+        "sgd",
+        "`lars` scales each layer's step by its weights' norm over its gradient's.",
+        str,
+        choices=OPTIMIZERS,
+    )
+    lars_trust_coefficient: float = _setting(
+        0.001, "Size of a layer's step under LARS, as a share of its weights.", float, above=0
+    )
     momentum: float = _setting(0.9, "Momentum of SGD.", float, low=0, high=0.9999)
+    nesterov: bool = _setting(False, "Nesterov's form of the momentum.", bool)
     weight_decay: float = _setting(5e-4, "L2 penalty of SGD.", float, low=0)
     weight_decay_on: str = _setting(
         "all",
@@ -280,6 +340,18 @@ class TrialConfig:
     clip_grad_norm: float | str = _setting(
         "off", "Largest norm of the whole gradient; a longer one is scaled down.", float, above=0,
         word="off",
+    )  # fmt: skip
+    agc_clip_factor: float | str = _setting(
+        "off",
+        "Adaptive gradient clipping: the largest norm of a unit's gradient, as a share of the "
+        "norm of its weights; a longer one is scaled down.",
+        float,
+        above=0,
+        word="off",
+    )
+    label_smoothing: float = _setting(
+        0.0, "Share of each training label that is spread over all classes.", float, low=0,
+        high=0.9999,
     )  # fmt: skip
     precision: str = _setting(
         "auto",
@@ -325,7 +397,8 @@ class TrialConfig:
                 f"warmup_epochs = {self.warmup_epochs:g} is longer than the training; accepted: "
                 f"up to epochs = {self.epochs}"
             )
-        fewest = 2 * self.num_devices if self.norm == "batch" else self.num_devices
+        devices = self.devices_per_round
+        fewest = 2 * devices if self.norm == "batch" else devices
         if self.global_batch_size < fewest:
             why = (
                 "two images a device, since each takes statistics of its own (norm = 'batch')"
@@ -333,9 +406,11 @@ class TrialConfig:
                 else "one image a device"
             )
             raise SpecError(
-                f"global_batch_size = {self.global_batch_size} is too small for num_devices = "
-                f"{self.num_devices}; accepted: from {fewest}, {why}"
+                f"global_batch_size = {self.global_batch_size} is too small for {self._devices()}; "
+                f"accepted: from {fewest}, {why}, or a smaller participation"
             )
+        if self.nesterov and not self.momentum:
+            raise SpecError("nesterov = true has no meaning for momentum = 0")
         self._check_algorithm()
         if self.noise_std and self.dataset != "digits":
             raise SpecError(
@@ -350,12 +425,28 @@ class TrialConfig:
                     f"local_steps = {self.local_steps} has no meaning for algorithm = 'sync-sgd', "
                     "whose devices average in every step; it belongs to 'fedavg' and 'scaffold'"
                 )
+            if self.average_weights != "uniform":
+                raise SpecError(
+                    f"average_weights = {self.average_weights!r} has no meaning for algorithm = "
+                    "'sync-sgd', which averages over images; it belongs to 'fedavg' and 'scaffold'"
+                )
             return
-        if self.global_batch_size % self.num_devices:
+        if self.global_batch_size % self.devices_per_round:
             raise SpecError(
-                f"global_batch_size = {self.global_batch_size} does not give num_devices = "
-                f"{self.num_devices} equal local batches; accepted with algorithm = "
-                f"{self.algorithm!r}: its multiples"
+                f"global_batch_size = {self.global_batch_size} does not give {self._devices()} "
+                f"equal local batches; accepted with algorithm = {self.algorithm!r}: multiples of "
+                f"{self.devices_per_round}"
+            )
+        if self.local_momentum == "keep" and self.participation < 1:
+            raise SpecError(
+                f"local_momentum = 'keep' has no meaning for participation = "
+                f"{self.participation:g}, where a device's momentum is old when its turn comes "
+                "again; accepted: 'average', 'reset'"
+            )
+        if self.optimizer != "sgd":
+            raise SpecError(
+                f"optimizer = {self.optimizer!r} belongs to algorithm = 'sync-sgd'; accepted with "
+                f"{self.algorithm!r}: 'sgd'"
             )
         if self.norm == "sync-batch":
             raise SpecError(
@@ -363,6 +454,19 @@ class TrialConfig:
                 "that average their weights now and then share no statistics in between; "
                 "accepted: the other norms"
             )
+
+    @property
+    def devices_per_round(self) -> int:
+        """How many devices take part in a round."""
+        return max(1, round(self.participation * self.num_devices))
+
+    def _devices(self) -> str:
+        if self.participation == 1:
+            return f"num_devices = {self.num_devices}"
+        return (
+            f"the {self.devices_per_round} devices of a round (num_devices = {self.num_devices}, "
+            f"participation = {self.participation:g})"
+        )
 
     def as_dict(self) -> dict[str, Value]:
         """The fields as a plain dictionary that JSON can hold."""
