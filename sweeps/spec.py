@@ -36,6 +36,11 @@ SECTIONS = ("train", "each", "search", "try", "sampler", "pruner", "budget", "wo
 TEXTS = ("title", "question", "source")
 TRY_WORDS = ("label", "when")
 
+KEEP_CHECKPOINTS = ("best", "all", "none")
+
+MAX_COUNT = 10**12
+MAX_HOURS = 10.0**6
+
 MAX_EDGES = 4096
 """Combinations of a search space's edges that are checked before anything runs."""
 
@@ -121,14 +126,26 @@ class Try:
 class Budget:
     """How much may be spent.
 
+    Whichever of `trials`, `hours` and `epochs_total` is met first ends the sweep. The latter two
+    end it after the running epochs: trials that are not finished then keep their checkpoints,
+    and go on when the budget is raised.
+
     Attributes:
         trials: trials of each study.
         seeds: trainings of each trial, with the seeds `seed`, `seed + 1`, …; the trial's value
             is their mean.
+        hours: wall-clock time in which at least one worker was at work, over all starts; None
+            sets no limit.
+        epochs_total: epochs of all trials of all studies together; None sets no limit.
+        keep_checkpoints: whose last checkpoint stays when a trial is finished: that of the
+            "best" complete trial of each study, of "all" complete trials, or of "none".
     """
 
     trials: int = 20
     seeds: int = 1
+    hours: float | None = None
+    epochs_total: int | None = None
+    keep_checkpoints: str = "best"
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ class SweepSpec:
             ],
             "sampler": dict(self.sampler),
             "pruner": dict(self.pruner),
-            "budget": dataclasses.asdict(self.budget),
+            "budget": {k: v for k, v in dataclasses.asdict(self.budget).items() if v is not None},
             "workers": dataclasses.asdict(self.workers),
         }
 
@@ -264,8 +281,8 @@ class SweepSpec:
             tries=tries,
             sampler=_parse_component(_table(table, "sampler"), "sampler", "TPESampler"),
             pruner=_parse_component(_table(table, "pruner"), "pruner", "MedianPruner"),
-            budget=Budget(**_parse_counts(table, "budget", Budget)),
-            workers=WorkerShare(**_parse_counts(table, "workers", WorkerShare)),
+            budget=Budget(**_parse_limits(table, "budget", Budget)),
+            workers=WorkerShare(**_parse_limits(table, "workers", WorkerShare)),
             **texts,
         )
 
@@ -547,16 +564,30 @@ def _parse_component(table: Mapping[str, Any], section: str, default: str) -> di
     return parsed
 
 
-def _parse_counts(table: Mapping[str, Any], section: str, kind: type) -> Mapping[str, int]:
-    """A section whose keys are the fields of a dataclass, whole numbers from 1."""
+def _parse_limits(table: Mapping[str, Any], section: str, kind: type) -> dict[str, Any]:
+    """A section whose keys are the fields of a dataclass."""
     accepted = [f.name for f in dataclasses.fields(kind)]
-    counts = _table(table, section)
-    for key, value in counts.items():
+    limits = dict(_table(table, section))
+    for key, value in limits.items():
         if key not in accepted:
             raise SpecError(f"[{section}] has no key {key!r}; {nearest(key, accepted)}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"[{section}] {key} = {value!r} is not a whole number from 1")
-    return counts
+        limits[key] = _parse_limit(f"[{section}] {key}", key, value)
+    return limits
+
+
+def _parse_limit(where: str, key: str, value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "keep_checkpoints":
+        if value not in KEEP_CHECKPOINTS:
+            accepted = " | ".join(map(repr, KEEP_CHECKPOINTS))
+            raise SpecError(f"{where} = {value!r} is not accepted; accepted: {accepted}")
+    elif key == "hours":
+        if not number or not 0 < value <= MAX_HOURS:
+            raise SpecError(f"{where} = {value!r} is not a number above 0")
+        return float(value)
+    elif not number or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+        raise SpecError(f"{where} = {value!r} is not a whole number from 1")
+    return value
 
 
 def _check_cells(spec: SweepSpec) -> None:
