@@ -447,7 +447,7 @@ def server(
     httpd = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
     )
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(
         loader, "url", f"http://127.0.0.1:{httpd.server_port}/{served.archive.name}"
