@@ -307,6 +307,8 @@ def split_devices(
                 min_images_per_device=min_images_per_device,
             )
         except ValueError as error:
+            if scheme == "classes":
+                raise  # speaks of classes alone, and none has gone
             raise ValueError(
                 f"{error} (of {len(values)} training images, shared_images = {shared_images} are "
                 "set aside)"
