@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-DATASET_IMAGES = {"cifar10": (50_000, 10_000), "digits": (1_347, 450)}
+DATASET_IMAGES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "digits": (1_347, 450),
+}
 """Training and test images of the data sets whose size is known without loading them."""
 
 FEWEST_FOR_IMPORTANCE = 8

@@ -204,6 +204,8 @@ class Objective:
             prepared.train_labels,
             prepared.shards,
             global_batch_size=config.global_batch_size,
+            devices_per_round=None if config.participation == 1 else config.devices_per_round,
+            steps_per_round=config.local_steps,
             seed=seed,
             augment=config.augment,
             crop_padding=config.crop_padding,
@@ -271,7 +273,7 @@ class Objective:
         identity = (
             config.num_train_images, config.validation, config.validation_fraction,
             config.split_seed, config.split, config.num_devices, config.classes_per_device,
-            config.assignment, config.alpha, config.min_images_per_device,
+            config.assignment, config.alpha, config.min_images_per_device, config.shared_images,
             _memory_format(config, self._device),
         )  # fmt: skip
         if self._prepared is None or self._prepared[0] != identity:
@@ -300,6 +302,7 @@ class Objective:
             assignment=config.assignment,
             alpha=config.alpha,
             min_images_per_device=config.min_images_per_device,
+            shared_images=config.shared_images,
         )
         train_images = source.train_images[torch.from_numpy(train)]
         mean, std = channel_statistics(train_images)

@@ -307,7 +307,8 @@ def _supervise(
 # Settings that the splits or the models may refuse.
 STRUCTURAL = (
     "model", "width_factor", "norm", "num_groups", "batch_statistics", "num_devices", "split",
-    "classes_per_device", "assignment", "alpha", "min_images_per_device", "algorithm",
+    "classes_per_device", "assignment", "alpha", "min_images_per_device", "shared_images",
+    "algorithm",
 )  # fmt: skip
 MAX_STRUCTURES = 64
 
