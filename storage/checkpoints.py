@@ -33,9 +33,13 @@ class CheckpointError(Exception):
 def default_checkpoint_dir(url: str) -> Path:
     """Return where the checkpoints of the storage at ``url`` belong.
 
-    ``FILE.checkpoints`` beside a SQLite database, so that the two move together; for a database
-    server a folder of this user, one for each database.
+    The folder that the environment variable ``SWEEP_CHECKPOINT_DIR`` names, if any: shared between
+    machines, it lets a trial go on where another worked on it. Else ``FILE.checkpoints`` beside a
+    SQLite database, so that the two move together; for a database server a folder of this user,
+    one for each database.
     """
+    if named := os.environ.get("SWEEP_CHECKPOINT_DIR"):
+        return Path(named).expanduser().absolute()
     file = sqlite_path(url)
     if file is not None:
         return file.with_name(file.name + ".checkpoints")

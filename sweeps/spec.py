@@ -12,7 +12,8 @@ A file has `title`, `question`, `source`, and the tables
 - `[workers]`: what a worker process is given;
 - `[quick]`: what `--quick` overrides in all of the above.
 
-Presets and users' files go through the same parser. A parsed spec is stored with each study
+`extends = "NAME"`, a preset or a file, starts from that sweep's tables and overrides them as
+`[quick]` does. Presets and users' files go through the same parser. A parsed spec is stored with each study
 as JSON, so that a worker needs the store and nothing else.
 """
 
@@ -324,11 +325,27 @@ def load(
 
 
 def read_table(name: str) -> tuple[dict[str, Any], str]:
-    """Parse a preset or a file, unchecked; return it with the name of the sweep.
+    """Parse a preset or a file and what it extends, unchecked; return it and the sweep's name.
 
     Raises:
-        SpecError: if it does not exist or is not TOML.
+        SpecError: if one of them does not exist or is not TOML, or they extend each other.
     """
+    table, found = _read_one(name)
+    read = [name]
+    while "extends" in table:
+        base = table.pop("extends")
+        if not isinstance(base, str):
+            raise SpecError(f"extends = {base!r} is not the name of a preset or a file")
+        if base.endswith(".toml"):
+            base = str(Path(read[-1]).parent / base)
+        if base in read:
+            raise SpecError(f"{' extends '.join([*read, base])}: a sweep cannot extend itself")
+        read.append(base)
+        table = _overlay(_read_one(base)[0], table)
+    return table, found
+
+
+def _read_one(name: str) -> tuple[dict[str, Any], str]:
     if name.endswith(".toml"):
         path = Path(name)
         try:
@@ -627,6 +644,9 @@ def _overlay(table: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, 
     """
     merged = copy.deepcopy(dict(table))
     for section, value in overlay.items():
+        if section == "quick" and isinstance(merged.get(section), dict) and isinstance(value, dict):
+            merged[section] = _overlay(merged[section], value)
+            continue
         whole = section in ("each", "try") or not isinstance(value, dict)
         base = merged.get(section)
         if (

@@ -242,3 +242,11 @@ def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert default_checkpoint_dir("postgresql+psycopg://me:secret@host/two") != one
     assert one.parent.name == "checkpoints"
     assert "secret" not in str(one)
+
+
+def test_the_environment_names_a_folder_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEP_CHECKPOINT_DIR", str(tmp_path / "shared"))
+    for store in ("sqlite:///a.db", "postgresql+psycopg://h/a", "grpc://h:1"):
+        assert default_checkpoint_dir(store) == tmp_path / "shared"
