@@ -13,8 +13,8 @@ A file has `title`, `question`, `source`, and the tables
 - `[quick]`: what `--quick` overrides in all of the above.
 
 `extends = "NAME"`, a preset or a file, starts from that sweep's tables and overrides them as
-`[quick]` does. Presets and users' files go through the same parser. A parsed spec is stored with each study
-as JSON, so that a worker needs the store and nothing else.
+`[quick]` does. Presets and users' files go through the same parser. A parsed spec is stored with
+each study as JSON, so that a worker needs the store and nothing else.
 """
 
 from __future__ import annotations
