@@ -64,13 +64,10 @@ def begin(tmp_path: Path, spec: SweepSpec) -> BaseStorage:
 def clip_units_slowly(model: nn.Module, factor: float) -> None:
     """Adaptive gradient clipping of a model, one unit after the other."""
     for name, parameter in model.named_parameters():
-        if name.startswith("fc."):
+        if name.startswith("fc.") or parameter.ndim < 2:
             continue
         assert parameter.grad is not None
-        weights, gradients = [parameter.detach()], [parameter.grad]
-        if parameter.ndim >= 2:
-            weights, gradients = list(parameter.detach()), list(parameter.grad)
-        for weight, gradient in zip(weights, gradients, strict=True):
+        for weight, gradient in zip(parameter.detach(), parameter.grad, strict=True):
             limit = factor * max(weight.norm().item(), 1e-3)
             if gradient.norm().item() > limit:
                 gradient.copy_(gradient * limit / gradient.norm().item())

@@ -199,7 +199,7 @@ def test_adaptive_clipping_is_the_papers_and_comes_first(
 
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 3), (4, 3, 3, 3)])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_units_of_any_shape_are_clipped(shape: tuple[int, ...], stacked: bool) -> None:
+def test_units_of_weights_of_any_shape_are_clipped(shape: tuple[int, ...], stacked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = (5, *shape) if stacked else shape
     weight = torch.randn(rows, generator=generator) * 0.1
@@ -208,7 +208,7 @@ def test_units_of_any_shape_are_clipped(shape: tuple[int, ...], stacked: bool) -
     ) if stacked else torch.randn(rows, generator=generator)  # fmt: skip
     wanted = gradient.clone()
     for w, g in zip(weight, wanted, strict=True) if stacked else [(weight, wanted)]:
-        units = zip(w, g, strict=True) if g.ndim >= 2 else [(w, g)]
+        units = zip(w, g, strict=True) if g.ndim >= 2 else []
         for unit, of_unit in units:
             longest = 0.1 * max(unit.norm().item(), 1e-3)
             of_unit.mul_(min(1.0, longest / of_unit.norm().item()))

@@ -50,8 +50,8 @@ class SGDSettings:
         nesterov: Nesterov's form of the momentum.
         lars_trust_coefficient: η of `LARS`, which then takes the place of SGD: the group
             "scalars" takes plain steps, every other parameter is a layer; None is SGD.
-        agc_clip_factor: λ of adaptive gradient clipping (`sweeps.training.clipping`), before
-            `clip_grad_norm`; None leaves the gradient.
+        agc_clip_factor: λ of adaptive gradient clipping (`sweeps.training.clipping`) of the
+            weights, before `clip_grad_norm`; None leaves the gradient.
         label_smoothing: share ε of each label that is spread over all classes, the true one
             included (Szegedy et al. 2016, arXiv 1512.00567, section 7).
     """
