@@ -19,6 +19,11 @@ from sweeps.errors import SpecError, nearest
 Value = bool | int | float | str
 
 
+def written(value: Value) -> str:
+    """A value as a sweep's file has it, names without their quotation marks."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What one field of `TrialConfig` accepts.

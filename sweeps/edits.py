@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sweeps.config import written
 from sweeps.errors import SpecError
 from sweeps.spec import SweepSpec, differences
 
@@ -123,5 +124,5 @@ def _shown(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} = {part}" for name, part in value.items())
-    return str(value)
+        return ", ".join(f"{name} = {_shown(part)}" for name, part in value.items())
+    return written(value) if isinstance(value, bool | int | float | str) else str(value)

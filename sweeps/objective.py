@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data.batches import DeviceBatches, channel_statistics, normalise
 from data.sources import Dataset, load_dataset, split_train
 from data.splits import split_devices
-from models import build_model, parameter_groups
+from models import build_model, classifier_parameters, parameter_groups
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig, Value
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
@@ -62,7 +62,7 @@ class _Prepared:
     std: list[float]
     val_images: list[Tensor]
     val_labels: Tensor
-    guess_loss: float
+    class_shares: list[float]
 
 
 class Objective:
@@ -220,19 +220,27 @@ class Objective:
     ) -> Training:
         model, batches = self._model(config, seed), self._batches(config, seed)
         prepared = self._prepare(config)
-        clip = config.clip_grad_norm
+        clip, agc = config.clip_grad_norm, config.agc_clip_factor
         settings = SGDSettings(
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             decay_scalars=config.weight_decay_on == "all",
             scalar_lr_factor=config.scalar_lr_factor,
             clip_grad_norm=None if isinstance(clip, str) else clip,
+            nesterov=config.nesterov,
+            lars_trust_coefficient=config.lars_trust_coefficient
+            if config.optimizer == "lars"
+            else None,
+            agc_clip_factor=None if isinstance(agc, str) else agc,
+            label_smoothing=config.label_smoothing,
         )
         dtype = _autocast_dtype(config, self._device)
-        groups = parameter_groups(model)
+        groups, classifier = parameter_groups(model), classifier_parameters(model)
         algorithm: SynchronousSGD | FederatedAveraging
         if config.algorithm == "sync-sgd":
-            algorithm = SynchronousSGD(model, groups, settings, autocast_dtype=dtype)
+            algorithm = SynchronousSGD(
+                model, groups, settings, classifier=classifier, autocast_dtype=dtype
+            )
         else:
             algorithm = FederatedAveraging(
                 model,
@@ -240,6 +248,7 @@ class Objective:
                 settings,
                 _federated_settings(config),
                 num_devices=config.num_devices,
+                classifier=classifier,
                 autocast_dtype=dtype,
             )
         updates = batches.updates_per_epoch
@@ -252,7 +261,11 @@ class Objective:
             plateau_factor=config.plateau_factor,
             plateau_patience=config.plateau_patience,
             plateau_threshold=config.plateau_threshold,
+            warmup_shape=config.warmup_shape,
+            exponential_gamma=config.exponential_gamma,
+            updates_per_epoch=updates,
         )
+        perfect = [1.0, *[0.0] * (len(self._dataset.classes) - 1)]
         return Training(
             algorithm=algorithm,
             batches=batches,
@@ -264,8 +277,9 @@ class Objective:
             ),
             schedule=schedule,
             epochs=config.epochs,
-            guess_loss=prepared.guess_loss,
+            guess_loss=_smoothed_entropy(prepared.class_shares, config.label_smoothing),
             untrained_loss=math.log(len(self._dataset.classes)),
+            least_loss=_smoothed_entropy(perfect, config.label_smoothing),
             should_stop=should_stop,
         )
 
@@ -316,7 +330,7 @@ class Objective:
             normalise(batch.to(self._device), mean, std, channels_last=channels_last)
             for batch in val_images.split(EVALUATION_BATCH)
         ]
-        shares = np.bincount(labels[train]) / len(train)
+        shares = np.bincount(labels[train], minlength=len(source.classes)) / len(train)
         return _Prepared(
             train_images=train_images.to(self._device),
             train_labels=source.train_labels[torch.from_numpy(train)].to(self._device),
@@ -325,7 +339,7 @@ class Objective:
             std=std,
             val_images=batches,
             val_labels=val_labels.to(self._device),
-            guess_loss=-sum(float(p) * math.log(p) for p in shares if p > 0),
+            class_shares=shares.tolist(),
         )
 
 
@@ -360,6 +374,12 @@ def prepare_process(device: torch.device, threads: int) -> None:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+
+
+def _smoothed_entropy(shares: Sequence[float], smoothing: float) -> float:
+    """Entropy of a distribution over classes once labels are smoothed, in nats."""
+    smoothed = [(1 - smoothing) * p + smoothing / len(shares) for p in shares]
+    return -sum(q * math.log(q) for q in smoothed if q > 0)
 
 
 def _federated_settings(config: TrialConfig) -> FederatedSettings:

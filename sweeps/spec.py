@@ -30,7 +30,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sweeps.config import Setting, TrialConfig, Value
+from sweeps.config import Setting, TrialConfig, Value, written
 from sweeps.errors import SpecError, nearest
 
 SECTIONS = ("train", "each", "search", "try", "sampler", "pruner", "budget", "workers", "quick")
@@ -88,7 +88,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
+            return "one of " + ", ".join(map(written, self.choices))
         step = f" in steps of {self.step:g}" if self.step is not None else ""
         return f"{self.low:g} to {self.high:g}{step}{' (log)' if self.log else ''}"
 
@@ -182,7 +182,9 @@ class SweepSpec:
         """The Optuna study of `cell`, such as `fixup-largebatch/global_batch_size=1024`."""
         if not cell:
             return self.name
-        return f"{self.name}/" + ",".join(f"{name}={value}" for name, value in cell.items())
+        return f"{self.name}/" + ",".join(
+            f"{name}={written(value)}" for name, value in cell.items()
+        )
 
     def study_names(self) -> list[str]:
         """One name for each cell, in their order."""
@@ -483,6 +485,8 @@ def _parse_range(name: str, setting: Setting, given: Mapping[str, Any]) -> Range
         return Range(choices=checked)
     if setting.kind is str:
         raise SpecError(f"{where} is a name, so it takes choices = […]")
+    if setting.kind is bool:
+        raise SpecError(f"{where} is true or false, so it takes choices = [true, false]")
     missing = [key for key in ("low", "high") if key not in given]
     if missing:
         raise SpecError(f"{where} lacks {' and '.join(missing)} (or choices)")
@@ -627,7 +631,7 @@ def _check_cells(spec: SweepSpec) -> None:
                 spec.config(cell, params)
             except SpecError as error:
                 names = [name for name in params if name in str(error)]
-                where = ", ".join(f"{name} = {params[name]}" for name in names)
+                where = ", ".join(f"{name} = {written(params[name])}" for name in names)
                 reached = f" ([search] or [[try]] reaches {where})" if where else ""
                 raise SpecError(f"{error}{reached}") from error
 

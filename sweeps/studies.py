@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sweeps.config import Value
+from sweeps.config import Value, written
 from sweeps.edits import Edit, edits
 from sweeps.errors import SpecError, SweepError, nearest
 from sweeps.spec import SweepSpec, Try
@@ -252,7 +252,7 @@ def _validation(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
 
 def _note(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
     """What optuna-dashboard shows of a study: the question, where it comes from, the sweep."""
-    here = ", ".join(f"{name} = {value}" for name, value in cell.items())
+    here = ", ".join(f"{name} = {written(value)}" for name, value in cell.items())
     parts = [
         f"## {spec.title or spec.name}",
         spec.question,

@@ -39,7 +39,7 @@ the devices is the same number whether or not they are also averaged in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
+from sweeps.training.clipping import clip_units_
 from sweeps.training.rounds import DeviceBatch, SGDSettings
 
 LOCAL_MOMENTA = ("average", "keep", "reset")
@@ -108,11 +109,12 @@ class FederatedAveraging:
         settings: of the local SGD.
         federated: of everything else.
         num_devices: D.
+        classifier: as for `SynchronousSGD`.
         autocast_dtype: of the forward pass; None leaves it in the parameters' own.
 
     Raises:
-        ValueError: a setting is not known, or the model has layers whose statistics all devices
-            share in every step.
+        ValueError: a setting is not known, the model has layers whose statistics all devices
+            share in every step, or the local optimizer is LARS.
     """
 
     def __init__(
@@ -123,12 +125,17 @@ class FederatedAveraging:
         federated: FederatedSettings,
         *,
         num_devices: int,
+        classifier: Collection[nn.Parameter] = (),
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         _check(model, federated, num_devices)
+        if settings.lars_trust_coefficient is not None:
+            raise ValueError("the devices' local optimizer cannot be LARS; accepted: SGD")
         self._model = model
         self._settings = federated
         self._clip = settings.clip_grad_norm
+        self._agc = settings.agc_clip_factor
+        self._label_smoothing = settings.label_smoothing
         self._autocast_dtype = autocast_dtype
         self._num_devices = num_devices
         self._steps = 0
@@ -142,6 +149,7 @@ class FederatedAveraging:
         self._buffers = {name: b.unsqueeze(1) for name, b in model.named_buffers()}
         device = next(iter(self._global.values())).device
         names = {p: name for name, p in model.named_parameters()}
+        self._classifier = {names[p] for p in classifier}
         param_groups: list[dict[str, Any]] = [
             {
                 "params": [self._local[names[p]] for p in parameters],
@@ -160,6 +168,7 @@ class FederatedAveraging:
             param_groups,
             lr=0.0,
             momentum=settings.momentum,
+            nesterov=settings.nesterov,
             fused=True if device.type == "cuda" else None,
         )
         self._server = self._fresh_server()
@@ -247,7 +256,7 @@ class FederatedAveraging:
             parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
         ) -> Tensor:
             logits = functional_call(self._model, (parameters, buffers), (x, batch.blocks))
-            return F.cross_entropy(logits, y)
+            return F.cross_entropy(logits, y, label_smoothing=self._label_smoothing)
 
         with torch.autocast(
             images.device.type,
@@ -271,6 +280,12 @@ class FederatedAveraging:
     def _change_gradients(self) -> None:
         """Clip every device's gradient, then add what FedProx and SCAFFOLD add."""
         gradients = {name: _gradient(y) for name, y in self._local.items()}
+        if self._agc is not None:
+            clip_units_(
+                ((self._local[n], g) for n, g in gradients.items() if n not in self._classifier),
+                self._agc,
+                stacked=True,
+            )
         if self._clip is not None:
             _clip_each(list(gradients.values()), self._clip)
         mu = self._settings.proximal_mu
