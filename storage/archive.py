@@ -22,12 +22,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from storage.archive_rows import ArchiveError, StudyRows, parse_study
+from storage.checkpoints import CheckpointError, CheckpointStore
 
 FORMAT = "sweep archive"
 FORMAT_VERSION = 1
@@ -175,7 +176,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Archive:
-    """An archive that was opened: its manifest is checked, its members are checked as they are read.
+    """An archive that was opened. Its manifest is checked; its members are when they are read.
 
     Attributes:
         sweep: which sweep it holds.
@@ -320,7 +321,7 @@ class Archive:
 
     def _read_chunks(self, member: str, size: int) -> bytes:
         content = bytearray()
-        with self._zip.open(self._infos[member]) as stream:
+        with _damage(), self._zip.open(self._infos[member]) as stream:
             while chunk := stream.read(_CHUNK):
                 content += chunk
                 if len(content) > size:
@@ -340,31 +341,124 @@ def reading(path: Path) -> Iterator[Archive]:
     """Open an archive and check its table of contents.
 
     Raises:
-        ArchiveError: it cannot be read, or is not a whole archive; also from whatever is done
-            with it meanwhile.
+        ArchiveError: it cannot be read, or is not a whole archive; the path is added to every
+            such error of the block, too.
     """
-    try:
-        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+    with ExitStack() as stack:
+        try:
+            with _damage():
+                archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(path.open("rb"))))
             yield Archive(path, archive)
-    except ArchiveError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ArchiveError(f"{path} cannot be imported: {error}") from error
-    except FileNotFoundError as error:
-        raise ArchiveError(f"{path} does not exist; sweep export NAME {path} writes one") from error
+        except FileNotFoundError as error:
+            if error.filename != str(path):
+                raise
+            raise ArchiveError(f"{path} does not exist; sweep export writes such a file") from error
+        except ArchiveError as error:
+            raise ArchiveError(f"{path} cannot be imported: {error}") from error
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """What zipfile raises on files that were cut short or made up, as our own error."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise ArchiveError(f"cannot read {path} ({error.strerror or error})") from error
+        raise ArchiveError(f"it cannot be read ({error.strerror or error})") from error
     except _DAMAGE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise ArchiveError(
-            f"{path} is not a whole archive of a sweep ({reason}); copy it again"
-        ) from error
+        raise ArchiveError(f"it is not a whole archive ({reason}); copy it again") from error
 
 
-# What zipfile, zlib and struct raise on files that were cut short or made up.
 _DAMAGE: tuple[type[Exception], ...] = (
-    zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, zlib.error,
+    zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error, zlib.error,
+    UnicodeDecodeError,
 )  # fmt: skip
+
+
+class CheckpointPlacement:
+    """Puts checkpoint files in their places, all of them or none.
+
+    As a context manager: leaving it with an error, or without :meth:`keep`, puts back what was
+    there.
+
+    Args:
+        checkpoints: where they go.
+    """
+
+    def __init__(self, checkpoints: CheckpointStore) -> None:
+        self._checkpoints = checkpoints
+        self._staged: list[tuple[Path, Path]] = []
+        self._placed: list[tuple[Path, Path | None]] = []
+        self._created = False
+
+    def __enter__(self) -> CheckpointPlacement:
+        return self
+
+    def stage(self, key: str, content: bytes) -> None:
+        """Write a checkpoint file beside the place of its key.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or the disk is full.
+        """
+        path = self._checkpoints.path(key)
+        # As CheckpointStore names what a killed save leaves, so that it is cleared away as such.
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+                self._created = True
+            self._staged.append((temporary, path))
+            with temporary.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save checkpoint {path} ({error.strerror or error}); free some space there"
+            ) from error
+
+    def place(self) -> None:
+        """Give the staged files their names.
+
+        Raises:
+            CheckpointError: one of them cannot have it.
+        """
+        for temporary, path in self._staged:
+            backup = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+            try:
+                if path.exists():
+                    path.replace(backup)
+                    self._placed.append((path, backup))
+                else:
+                    self._placed.append((path, None))
+                temporary.replace(path)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot save checkpoint {path} ({error.strerror or error})"
+                ) from error
+        if self._staged:
+            _sync_folder(self._checkpoints.root)
+
+    def keep(self) -> None:
+        """What was placed is there to stay."""
+        for _, backup in self._placed:
+            if backup is not None:
+                backup.unlink(missing_ok=True)
+        self._placed, self._staged, self._created = [], [], False
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            for path, backup in reversed(self._placed):
+                if backup is None:
+                    path.unlink(missing_ok=True)
+                elif backup.exists():
+                    backup.replace(path)
+            for temporary, _ in self._staged:
+                temporary.unlink(missing_ok=True)
+            if self._created:
+                self._checkpoints.root.rmdir()
 
 
 def _check_size(info: zipfile.ZipInfo, name: str) -> None:

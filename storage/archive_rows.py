@@ -77,6 +77,13 @@ class TrialRows:
         """Whether its state is COMPLETE, PRUNED or FAIL."""
         return self.state not in ("WAITING", "RUNNING")
 
+    def external_params(self) -> dict[str, Any]:
+        """Its parameters as Optuna shows them."""
+        return {
+            name: _distribution(text).to_external_repr(value)
+            for name, (value, text) in self.params.items()
+        }
+
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; `_trial` reads them back."""
         return {
@@ -321,7 +328,7 @@ class StudyTables:
     def insert_trials(
         self, connection: Connection, study_id: int, trials: Sequence[TrialRows]
     ) -> None:
-        """Create trials whose numbers are not taken. Ids ascend with the numbers, as Optuna's do."""
+        """Create trials whose numbers are not taken; ids ascend with numbers, as Optuna's do."""
         from optuna.trial import TrialState
         from sqlalchemy import select
 
@@ -664,7 +671,7 @@ def _text(value: Any, where: str, longest: int | None = None) -> str:
     if longest is not None and not 0 < len(value) <= longest:
         raise ArchiveError(f"{where} has {len(value)} characters; accepted: 1 to {longest}")
     # PostgreSQL keeps no NUL, and no database half a surrogate pair.
-    if "\0" in value or not value.isascii() and _SURROGATE.search(value):
+    if "\0" in value or (not value.isascii() and _SURROGATE.search(value)):
         raise ArchiveError(f"{where} holds characters that no database keeps")
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
 from sweeps.errors import SpecError, SweepError, nearest
@@ -154,8 +154,12 @@ def check_fingerprint(study_name: str, stored: str, here: str) -> None:
         )
 
 
-def _refuse_changes(stored: SweepSpec, wanted: SweepSpec) -> None:
-    """Refuse a spec that changes what the stored trials are, naming each difference."""
+def decisive_changes(stored: SweepSpec, wanted: SweepSpec) -> dict[str, tuple[Any, Any]]:
+    """What differs between two specs of one sweep and decides what its trials are.
+
+    Returns:
+        Dotted key → (stored value, wanted value).
+    """
     free = ("title", "question", "source", "budget.trials", "workers.threads", "try")
     changed = {
         key: values for key, values in differences(stored, wanted).items() if key not in free
@@ -167,6 +171,12 @@ def _refuse_changes(stored: SweepSpec, wanted: SweepSpec) -> None:
                 known = before.get(attempt.label)
                 if known and attempt.applies_to(cell) and known.params != attempt.params:
                     changed[f"[[try]] {attempt.label}"] = (known.params, attempt.params)
+    return changed
+
+
+def _refuse_changes(stored: SweepSpec, wanted: SweepSpec) -> None:
+    """Refuse a spec that changes what the stored trials are, naming each difference."""
+    changed = decisive_changes(stored, wanted)
     if changed:
         shown = "; ".join(f"{key}: stored {a!r}, now {b!r}" for key, (a, b) in changed.items())
         raise SpecError(
