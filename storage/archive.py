@@ -497,7 +497,9 @@ def is_whole_checkpoint(content: bytes) -> bool:
     """Whether a checkpoint file is undamaged, by the checksums in it; nothing is loaded."""
     try:
         _check_inner_zip(content)
-    except (ValueError, *_DAMAGE):
+    except ValueError:
+        return False
+    except _DAMAGE:
         return False
     return True
 

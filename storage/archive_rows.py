@@ -282,7 +282,7 @@ class StudyTables:
                 texts.setdefault(trial_id, {})[key] = text or "null"
             attrs.append(texts)
         table = self._heartbeats
-        beats = dict(rows(table, table.c.heartbeat, order=table.c.trial_id).tuples())
+        beats = {row[0]: row[1] for row in rows(table, table.c.heartbeat, order=table.c.trial_id)}
         return [
             TrialRows(
                 number=number,
@@ -348,13 +348,10 @@ class StudyTables:
             ],
         )
         columns = self._trials.c
-        ids = dict(
-            connection.execute(
-                select(columns.number, columns.trial_id).where(columns.study_id == study_id)
-            )
-            .tuples()
-            .all()
+        numbered = connection.execute(
+            select(columns.number, columns.trial_id).where(columns.study_id == study_id)
         )
+        ids = {row[0]: row[1] for row in numbered}
         self._insert_parts(connection, study_id, [(ids[trial.number], trial) for trial in trials])
 
     def replace_trial(
@@ -514,6 +511,12 @@ def _with_id(attrs: Mapping[str, str], trial_id: int) -> dict[str, str]:
 # --- from a file --------------------------------------------------------------------------------
 
 
+_TRIAL_KEYS = (
+    "number", "state", "started", "completed", "heartbeat", "params", "values", "steps",
+    "intermediate_values", "user_attrs", "system_attrs", "study_attrs",
+)  # fmt: skip
+
+
 def parse_study(value: Any) -> StudyRows:
     """Check what `StudyRows.as_json` gave and somebody may have changed since.
 
@@ -545,7 +548,7 @@ def parse_study(value: Any) -> StudyRows:
 
 
 def _trial(value: Any, where: str, number: int, objectives: int) -> TrialRows:
-    table = _table(value, where, tuple(_EMPTY_TRIAL))
+    table = _table(value, where, _TRIAL_KEYS)
     if _integer(table["number"], f"{where}: number") != number:
         raise ArchiveError(
             f"{where} is numbered {table['number']}; numbers run from 0 without gaps"
@@ -586,9 +589,6 @@ def _trial(value: Any, where: str, number: int, objectives: int) -> TrialRows:
         system_attrs=_attrs(table["system_attrs"], f"{where}: system_attrs"),
         study_attrs=study_attrs,
     )
-
-
-_EMPTY_TRIAL = TrialRows(0, "WAITING").as_json()
 
 
 def _params(value: Any, where: str) -> dict[str, tuple[float, str]]:
