@@ -265,6 +265,9 @@ class Archive:
         infos = self._zip.infolist()
         if len(infos) > MAX_MEMBERS:
             raise ArchiveError(f"it has {len(infos)} members; accepted: {MAX_MEMBERS}")
+        # Of a file that was cut short zipfile may find a checkpoint, which is a zip as well.
+        if min((info.header_offset for info in infos), default=0) != 0:
+            raise ArchiveError("it is not a whole archive ; copy it again")
         size = os.fstat(self._zip.fp.fileno()).st_size  # type: ignore[union-attr]
         if sum(info.compress_size for info in infos) > size:
             raise ArchiveError("its members are longer together than the file")

@@ -616,7 +616,7 @@ class _Plan:
             "different trials of the same number": self.conflicts,
         }
         return [
-            f"{name}: {_plural(len(numbers), 'trial')} {kind}: {_numbers(numbers)}"
+            f"{name}: {kind}: {_numbers(numbers)} ({_plural(len(numbers), 'trial')})"
             for kind, numbers in kinds.items()
             if numbers
         ]

@@ -318,8 +318,8 @@ def test_what_both_have_computed_is_kept_by_merge_alone(
         import_sweep(file, ours, merge=False, rename=None, say=said.append)
     assert rows(ours) == before
     assert said == [
-        "tiny: 2 trials only or further in the file: #5, #6",
-        "tiny: 2 trials different trials of the same number: #3, #4",
+        "tiny: only or further in the file: #5 to #6 (2 trials)",
+        "tiny: different trials of the same number: #3 to #4 (2 trials)",
     ]
     result, said = bring(file, ours, merge=True)
     assert "4 trials added" in result
@@ -576,6 +576,10 @@ def wrong_checksum(file: Path) -> None:
     pack(file, parts)
 
 
+def prefixed(file: Path) -> None:
+    file.write_bytes(b"#!/bin/sh\n" + file.read_bytes())
+
+
 def lacking(file: Path) -> None:
     parts = members(file)
     del parts["studies/0.json"]
@@ -624,6 +628,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda file: file.write_bytes(b"") and None, "not a whole archive"),
     "no zip": (lambda file: file.write_bytes(b"SQLite format 3\0" * 99) and None, "not a whole"),
     "truncated": (cut, "not a whole archive"),
+    "something before it": (prefixed, "not a whole archive"),
     "a flipped bit": (flip, "not a whole archive|damaged|not JSON"),
     "wrong checksum": (wrong_checksum, "SHA-256"),
     "a missing member": (lacking, "lacks 'studies/0.json'"),
@@ -677,8 +682,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "half a character": (
         rewrite(lambda s: s["user_attrs"].update({"a\ud800": "1"})), "characters"
     ),
-    "a name of a megabyte": (
-        rewrite(lambda s: s["user_attrs"].update({"a" * 2**20: "1"})), "1 to 512"
+    "a name too long": (
+        rewrite(lambda s: s["user_attrs"].update({"a" * 513: "1"})), "1 to 512"
     ),
     "an unknown table": (rewrite(lambda s: s["trials"][0].update(x=1)), "too much: 'x'"),
     "a note of another trial": (
