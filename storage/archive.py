@@ -43,6 +43,7 @@ MAX_RATIO = 200
 
 _ALWAYS_ALLOWED = 2**20
 _CHUNK = 2**20
+_LONGEST = 240
 _MEMBER = re.compile(r"(studies|checkpoints)/(0|[1-9][0-9]{0,8})\.(json|pt)")
 # So that the same state makes the same file, whenever it is written.
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -357,7 +358,10 @@ def reading(path: Path) -> Iterator[Archive]:
                 raise
             raise ArchiveError(f"{path} does not exist; sweep export writes such a file") from error
         except ArchiveError as error:
-            raise ArchiveError(f"{path} cannot be imported: {error}") from error
+            # What a file holds may be of any length, and stand in the message.
+            reason = " ".join(str(error).split())
+            reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"
+            raise ArchiveError(f"{path} cannot be imported: {reason}") from error
 
 
 @contextmanager

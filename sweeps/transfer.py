@@ -13,6 +13,7 @@ one by one; see `docs/move.md` for the rules.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -280,8 +281,8 @@ def _say_versions(versions: Mapping[str, Any], say: Callable[[str], None]) -> No
         here, there = metadata.version(package), versions.get(package)
         if there != here:
             say(
-                f"the file was written with {package} {str(there)[:40]}, here is {here}: what is "
-                "computed from here on may differ in its last digits"
+                f"the file was written with {package} {str(there)[:40]!r}, here is {here!r}: "
+                "what is computed from here on may differ in its last digits"
             )
 
 
@@ -497,10 +498,13 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _MAX_TRIALS
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _is_curves(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(points, list) and all(type(point) in (int, float) for point in points)
-        for points in value.values()
+        isinstance(points, list) and all(map(_is_number, points)) for points in value.values()
     )
 
 
@@ -528,7 +532,7 @@ _USER_ATTRS: dict[str, Callable[[Any], bool]] = {
     OUTCOME: lambda value: value in OUTCOMES,
     REASON: lambda value: isinstance(value, str),
     LABEL: lambda value: isinstance(value, str),
-    SECONDS: lambda value: type(value) in (int, float),
+    SECONDS: _is_number,
 }
 
 

@@ -31,6 +31,7 @@ from storage.checkpoints import CheckpointStore, default_checkpoint_dir
 from storage.engine import StorageError, open_storage, sql_engine
 from storage.trials import LEASE_ATTR, TrialQueue
 from sweeps import search
+from sweeps.cli import main
 from sweeps.errors import SpecError, SweepError
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES, read_status
@@ -87,31 +88,31 @@ def test_a_sweep_that_two_workers_run_goes_on_elsewhere_as_if_it_had_never_moved
     tmp_path: Path,
 ) -> None:
     changes: dict[str, Any] = {
-        "train": {"epochs": 25}, "budget": {"trials": 3}, "workers": {"threads": 1},
+        "train": {"epochs": 8}, "budget": {"trials": 3}, "workers": {"threads": 1},
     }  # fmt: skip
-    for place in ("here", "there", "whole"):
-        (tmp_path / place).mkdir()
-        write_spec(tmp_path / place / "tiny.toml", **changes)
     here, there, whole = (tmp_path / place for place in ("here", "there", "whole"))
+    for place in (here, there, whole):
+        place.mkdir()
+        write_spec(place / "tiny.toml", **changes)
     with started(here, "tiny.toml", "--workers", "2") as process:
-        wait_for_epochs(here, epochs=2, busy=2)
-        done = run("export", "tiny", "../tiny.sweep", cwd=here)
+        wait_for_epochs(here, epochs=1, busy=2)
+        line = export_sweep("tiny", tmp_path / "tiny.sweep", url(here), overwrite=False)
         assert process.poll() is None, "the sweep ended before its export did"
         process.kill()
-    assert done.returncode == 0, done.stderr
-    assert "1 study, " in done.stdout
-    assert "bytes in ../tiny.sweep" in done.stdout
+    assert line.startswith("tiny: 1 study, ")
     moved = run("import", "../tiny.sweep", cwd=there)
     assert moved.returncode == 0, moved.stderr
+    assert "to go on" in moved.stdout
     interrupted = [t for t in trials(url(there)) if t.last_step]
     assert interrupted
     for trial in interrupted:
         assert trial.state == TrialState.WAITING
         assert trial.system_attrs[LEASE_ATTR]["released"]
         assert trial.system_attrs[LEASE_ATTR]["deaths"] == 0
-    for place in (there, whole):
-        done = run("start", "tiny.toml", "--workers", "1", cwd=place)
-        assert done.returncode == 0, done.stderr
+    done = run("start", "tiny.toml", "--workers", "1", cwd=there)
+    assert done.returncode == 0, done.stderr
+    begin(whole, make_spec(**changes))
+    work(url(whole))
     assert results(trials(url(there))) == results(trials(url(whole)))
     assert [t.system_attrs[LEASE_ATTR]["attempt"] for t in trials(url(there))[:2]] == [2, 2]
 
@@ -266,6 +267,13 @@ def test_every_row_survives_the_way_over_postgresql(
         assert notes == ["", "of trial 1\n" * 400, ""]
     bring(export(server, tmp_path / "fourth.sweep"), back)
     assert contents(back) == contents(server)
+    # Both go on; the server takes what the file has.
+    compute(server, 1, low=0.1)
+    compute(back, 1, low=0.2)
+    compute(back, 1, low=0.25, finish=False)
+    bring(export(back, tmp_path / "fifth.sweep"), server, merge=True)
+    assert {content[1:] for content in contents(back)} < {c[1:] for c in contents(server)}
+    assert [t.number for t in trials(server)] == list(range(9))
 
 
 def test_what_is_here_already_is_not_imported_again(tmp_path: Path, two: tuple[str, str]) -> None:
@@ -421,19 +429,33 @@ def test_another_sweep_of_the_same_name_is_refused(tmp_path: Path, two: tuple[st
 
 
 def test_the_command_says_what_it_did_and_refuses_in_one_line(
-    tmp_path: Path, two: tuple[str, str]
+    tmp_path: Path,
+    two: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fails(code: int, *arguments: str) -> str:
-        done = run(*arguments, cwd=tmp_path)
-        assert done.returncode == code, done.stderr
-        assert done.stdout == ""
-        (line,) = done.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    def fails(status: int, *arguments: str) -> str:
+        code, out, err = command(*arguments)
+        assert (code, out) == (status, "")
+        (line,) = err.splitlines()
         return line
 
     (tmp_path / "taken").write_text("mine")
     assert "--force" in fails(1, "export", "tiny", "taken")
     assert (tmp_path / "taken").read_text() == "mine"
-    assert run("export", "tiny", "taken", "--force", cwd=tmp_path).returncode == 0
+    code, out, _ = command("export", "tiny", "taken", "--force")
+    assert code == 0
+    assert out.startswith("tiny: 1 study, 3 trials, 0 checkpoints, ")
     assert zipfile.is_zipfile(tmp_path / "taken")
     assert "no sweep 'tin'" in fails(1, "export", "tin", "x")
     assert "store itself" in fails(1, "export", "tiny", "sweep.db", "--force")
@@ -442,7 +464,11 @@ def test_the_command_says_what_it_did_and_refuses_in_one_line(
     assert "proxy" in fails(1, "import", "taken", "--storage", "grpc://localhost:1")
     assert "does not exist" in fails(1, "import", "absent")
     assert "cannot write" in fails(1, "export", "tiny", "absent/x")
-    assert "cannot be called" in fails(2, "import", "taken", "--name", "a b")
+    assert "lists what there is" in fails(2, "export", "tiny")
+    code, out, err = command("import", "taken", "--storage", "sqlite:///new.db", "--name", "mine")
+    assert code == 0
+    assert "imported 1 study, 3 trials, 0 checkpoints" in out
+    assert "Hyperband" in err
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -689,6 +715,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a note of another trial": (
         rewrite(lambda s: s["system_attrs"].update({"dashboard:9:note_ver": "1"})), "another data"
     ),
+    "a curve that is not finite": (
+        rewrite(lambda s: s["trials"][0]["system_attrs"].update({CURVES: '{"lr": [NaN]}'})),
+        "no sound attribute",
+    ),
+    "a sweep's name of two lines": (
+        remanifest(lambda m: m.update(sweep="a\nb" * 999, studies=[])), "listed|lists|no sweep"
+    ),
     "a lease that is none": (
         rewrite(lambda s: s["trials"][0]["system_attrs"].update({LEASE_ATTR: "[]"})),
         "no sound attribute",
@@ -722,6 +755,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(url(folder), folder / "tiny.sweep")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_damaged_or_hostile_file_changes_nothing(
     tmp_path: Path, good: Path, kind: str, monkeypatch: pytest.MonkeyPatch
