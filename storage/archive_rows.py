@@ -35,6 +35,8 @@ _MAX_NAME = 512
 _MAX_INTEGER = 2**31 - 1
 _NON_FINITE = {"INF_POS": "inf", "INF_NEG": "-inf", "NAN": "nan"}
 
+_ROWS_A_STATEMENT = 20_000
+
 Number = float | str
 """A float, or `inf`, `-inf` or `nan`, as Optuna's tables tell them from numbers."""
 
@@ -497,11 +499,30 @@ class StudyTables:
 
         if not rows:
             return
-        statement: Any = insert(table)
         if connection.dialect.name == "postgresql":
-            # With it SQLAlchemy sends a thousand rows a statement, without it one.
-            statement = statement.returning(*table.primary_key.columns)
-        connection.execute(statement, rows)
+            self._bulk_from_arrays(connection, table, rows)
+        else:
+            connection.execute(insert(table), rows)
+
+    def _bulk_from_arrays(
+        self, connection: Connection, table: Table, rows: list[dict[str, Any]]
+    ) -> None:
+        """One array a column and one statement, where a statement for each row takes its time."""
+        from sqlalchemy import bindparam, cast, func, insert, select
+        from sqlalchemy.dialects.postgresql import ARRAY
+
+        names = list(rows[0])
+        kinds = {name: ARRAY(table.c[name].type) for name in names}
+        columns = [
+            func.unnest(cast(bindparam(f"all_{name}", type_=kind), kind))
+            for name, kind in kinds.items()
+        ]
+        statement = insert(table).from_select(names, select(*columns))
+        for start in range(0, len(rows), _ROWS_A_STATEMENT):
+            some = rows[start : start + _ROWS_A_STATEMENT]
+            connection.execute(
+                statement, {f"all_{name}": [row[name] for row in some] for name in names}
+            )
 
 
 def _with_id(attrs: Mapping[str, str], trial_id: int) -> dict[str, str]:

@@ -103,8 +103,8 @@ def test_a_sweep_that_two_workers_run_goes_on_elsewhere_as_if_it_had_never_moved
     moved = run("import", "../tiny.sweep", cwd=there)
     assert moved.returncode == 0, moved.stderr
     assert "to go on" in moved.stdout
-    interrupted = [t for t in trials(url(there)) if t.last_step]
-    assert interrupted
+    interrupted = [t for t in trials(url(there)) if not t.state.is_finished()]
+    assert any(t.last_step for t in interrupted)
     for trial in interrupted:
         assert trial.state == TrialState.WAITING
         assert trial.system_attrs[LEASE_ATTR]["released"]
@@ -114,7 +114,8 @@ def test_a_sweep_that_two_workers_run_goes_on_elsewhere_as_if_it_had_never_moved
     begin(whole, make_spec(**changes))
     work(url(whole))
     assert results(trials(url(there))) == results(trials(url(whole)))
-    assert [t.system_attrs[LEASE_ATTR]["attempt"] for t in trials(url(there))[:2]] == [2, 2]
+    for trial in interrupted:
+        assert trials(url(there))[trial.number].system_attrs[LEASE_ATTR]["attempt"] == 2
 
 
 @pytest.mark.parametrize("checkpoint", ["as the curve", "ahead of the curve", "behind it", "gone"])
