@@ -27,7 +27,7 @@ from test_cli import started, wait_for_epochs
 from test_storage_trials import postgres  # noqa: F401  (a fixture)
 
 from storage.archive_rows import StudyRows, StudyTables
-from storage.checkpoints import CheckpointStore, default_checkpoint_dir
+from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 from storage.engine import StorageError, open_storage, sql_engine
 from storage.trials import LEASE_ATTR, TrialQueue
 from sweeps import search
@@ -424,6 +424,45 @@ def test_another_sweep_of_the_same_name_is_refused(tmp_path: Path, two: tuple[st
     assert {study.name for study in rows(place)} == {"tiny", "mine"}
     with pytest.raises(SpecError, match="cannot be called"):
         bring(file, place, rename="a/b")
+
+
+def test_an_import_that_fails_at_its_last_step_leaves_no_row(
+    tmp_path: Path, two: tuple[str, str]
+) -> None:
+    ours, theirs = two
+    compute(ours, 1, low=0.1, finish=False)
+    file = export(ours, tmp_path / "tiny.sweep")
+    before = rows(theirs)
+    folder = default_checkpoint_dir(theirs)
+    folder.write_text("in the way")
+    with pytest.raises(CheckpointError, match="cannot save checkpoint"):
+        bring(file, theirs)
+    assert rows(theirs) == before
+    folder.unlink()
+    bring(file, theirs)
+    assert [path.name for path in folder.iterdir()] == ["tiny%2F3.pt"]
+    assert contents(theirs) != contents(ours)  # the interrupted trial waits
+
+
+def test_each_study_of_a_sweep_is_brought_up_to_date(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    ours, theirs = url(tmp_path), url(tmp_path / "b")
+    cells = {"train": {"norm": None}, "each": {"norm": ["group", "fixup"]}}
+    create(ours, **cells)
+    bring(export(ours, tmp_path / "empty.sweep"), theirs)
+    compute(ours, 2, low=0.1, study=1)
+    compute(theirs, 1, low=0.2, study=0)
+    file = export(ours, tmp_path / "tiny.sweep")
+    with pytest.raises(SweepError, match="--merge"):
+        bring(file, theirs)
+    result, said = bring(file, theirs, merge=True)
+    assert "2 trials added" in result
+    assert said == []
+    found = {study.name: len(study.trials) for study in rows(theirs)}
+    assert found == {"tiny/norm=group": 1, "tiny/norm=fixup": 2}
+    bring(file, theirs, rename="mine")
+    found = {study.name: len(study.trials) for study in rows(theirs)}
+    assert found["mine/norm=fixup"] == 2
 
 
 # --- the command --------------------------------------------------------------------------------
