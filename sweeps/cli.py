@@ -183,6 +183,41 @@ def stop(
     raise typer.Exit(stop_sweep(sweep, storage_url, wait=wait, err=_stderr()))
 
 
+@app.command(rich_help_panel="Move")
+def export(
+    sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    storage_url: Storage = DEFAULT_STORAGE,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a sweep to one file, while workers run: trials, curves, checkpoints, spec."""
+    from sweeps.transfer import export_sweep
+
+    _quiet_libraries()
+    typer.echo(export_sweep(sweep, file, storage_url, overwrite=force))
+
+
+@app.command("import", rich_help_panel="Move")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file that sweep export wrote.")],
+    storage_url: Storage = DEFAULT_STORAGE,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Keep what both have computed where both have gone on."),
+    ] = False,
+    name: Name = None,
+) -> None:
+    """Bring the sweep of a file into the store; sweep start goes on with it."""
+    from sweeps.transfer import import_sweep
+
+    _quiet_libraries()
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    typer.echo(import_sweep(file, storage_url, merge=merge, rename=name, say=say))
+
+
 @app.command("list", rich_help_panel="Look")
 def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     """List the presets, and the sweeps that the store holds."""

@@ -51,8 +51,29 @@ def edits(stored: SweepSpec, wanted: SweepSpec) -> list[Edit]:
     Raises:
         SpecError: if it changes what a trial is, naming every such difference.
     """
+    found, refused = _compare(stored, wanted)
+    if refused:
+        shown = "; ".join(f"{key}: stored {a!r}, now {b!r}" for key, (a, b) in refused.items())
+        raise SpecError(
+            f"{wanted.name} is in the store with other settings ({shown}); these decide what a "
+            "trial is, so repeat the options it was begun with, or begin anew under another "
+            "--name"
+        )
+    return found
+
+
+def decisive_changes(stored: SweepSpec, wanted: SweepSpec) -> dict[str, tuple[Any, Any]]:
+    """What differs between two specs of one sweep and decides what its trials are.
+
+    Returns:
+        Dotted key → (stored value, wanted value).
+    """
+    return _compare(stored, wanted)[1]
+
+
+def _compare(stored: SweepSpec, wanted: SweepSpec) -> tuple[list[Edit], dict[str, tuple[Any, Any]]]:
     found: list[Edit] = []
-    refused: list[str] = []
+    refused: dict[str, tuple[Any, Any]] = {}
     for key, (before, after) in differences(stored, wanted).items():
         section = key.partition(".")[0]
         if key in _TEXTS or key == "try" or section == "search":
@@ -65,19 +86,15 @@ def edits(stored: SweepSpec, wanted: SweepSpec) -> list[Edit]:
         elif section == "pruner":
             found.append(Edit(key, before, after, "prunes from now on"))
         else:
-            refused.append(f"{key}: stored {before!r}, now {after!r}")
+            refused[key] = (before, after)
     found += _search_edits(stored, wanted, refused)
     found += _try_edits(stored, wanted, refused)
-    if refused:
-        raise SpecError(
-            f"{wanted.name} is in the store with other settings ({'; '.join(refused)}); these "
-            "decide what a trial is, so repeat the options it was begun with, or begin anew under "
-            "another --name"
-        )
-    return found
+    return found, refused
 
 
-def _search_edits(stored: SweepSpec, wanted: SweepSpec, refused: list[str]) -> list[Edit]:
+def _search_edits(
+    stored: SweepSpec, wanted: SweepSpec, refused: dict[str, tuple[Any, Any]]
+) -> list[Edit]:
     if stored.search == wanted.search:
         return []
     from optuna.distributions import check_distribution_compatibility
@@ -89,21 +106,24 @@ def _search_edits(stored: SweepSpec, wanted: SweepSpec, refused: list[str]) -> l
         before, after = stored.search.get(name), wanted.search.get(name)
         if before == after:
             continue
+        shown = tuple(None if r is None else str(r) for r in (before, after))
         if before is None or after is None:
-            refused.append(f"search.{name}: stored {before}, now {after}")
+            refused[f"search.{name}"] = (shown[0], shown[1])
             continue
         old, new = (distributions({name: r})[name] for r in (before, after))
         try:
             check_distribution_compatibility(old, new)
-        except ValueError as error:
-            refused.append(f"search.{name}: stored {before}, now {after}: {error}")
+        except ValueError:  # other choices, or log and not: Optuna compares no such trials
+            refused[f"search.{name}"] = (shown[0], shown[1])
             continue
         meaning = "suggested from now on; trials so far stay"
         found.append(Edit(f"search.{name}", str(before), str(after), meaning))
     return found
 
 
-def _try_edits(stored: SweepSpec, wanted: SweepSpec, refused: list[str]) -> list[Edit]:
+def _try_edits(
+    stored: SweepSpec, wanted: SweepSpec, refused: dict[str, tuple[Any, Any]]
+) -> list[Edit]:
     found = []
     for cell in stored.cells if stored.cells == wanted.cells else ():
         before = {t.label: t.params for t in stored.tries if t.applies_to(cell)}
@@ -116,7 +136,7 @@ def _try_edits(stored: SweepSpec, wanted: SweepSpec, refused: list[str]) -> list
             elif label not in after:
                 found.append(Edit(key, before[label], None, "its trial stays"))
             elif before[label] != after[label]:
-                refused.append(f"{key}: stored {before[label]!r}, now {after[label]!r}")
+                refused[key] = (before[label], after[label])
     return found
 
 

@@ -110,7 +110,12 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+def is_span(value: object) -> bool:
+    """Whether an attribute's value is a span as `Session` writes it."""
+    return isinstance(value, list) and len(value) == 2 and all(type(t) is float for t in value)
+
+
 def _spans(attrs: dict[str, Any], but: str = "") -> Iterable[tuple[float, float]]:
     for key, span in attrs.items():
-        if key.startswith(SESSION) and key != but:
-            yield float(span[0]), float(span[1])
+        if key.startswith(SESSION) and key != but and is_span(span):
+            yield span[0], span[1]

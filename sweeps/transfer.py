@@ -1,0 +1,967 @@
+"""`sweep export` and `sweep import`: a sweep as one file, and what two stores have computed as one.
+
+The export is one read transaction, while workers run. A worker saves a checkpoint and then
+reports its epoch, so a checkpoint that is copied after the snapshot may be ahead of the curve in
+it; a resumed trial reports the epochs that are missing. A checkpoint that is behind the curve
+has the rest trained again (:meth:`storage.trials.TrialQueue.forget_steps`). Both end in the same
+curve.
+
+An import is one write transaction. Where the store has the sweep already, trials are compared
+one by one; see `docs/move.md` for the rules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage import archive
+from storage.archive import CheckpointPlacement
+from storage.archive_rows import ArchiveError, StudyRows, StudyTables, TrialRows, renumbered
+from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
+from storage.engine import (
+    READ_ONLY_OPTION,
+    check_url,
+    close_storage,
+    exclusive,
+    open_storage,
+    sql_engine,
+    sqlite_path,
+)
+from storage.trials import LEASE_ATTR, TrialQueue, with_retries
+from sweeps.edits import decisive_changes
+from sweeps.errors import SpecError, SweepError
+from sweeps.limits import SESSION, is_span
+from sweeps.spec import SweepSpec
+from sweeps.status import CURVES, OUTCOME, OUTCOMES, PROVENANCE, REASON, SECONDS
+from sweeps.studies import (
+    ADDED,
+    CELL,
+    FINGERPRINT,
+    LABEL,
+    POSITION,
+    READY,
+    SPEC,
+    SWEEP,
+    shown_url,
+    stored_sweep,
+)
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from sqlalchemy.engine import Connection, Engine
+
+MERGED_FROM = "sweep:merged_from"
+"""Trial system attribute: the numbers that the trial had in the stores that it comes from."""
+
+_SNAPSHOTS = 3
+_NOTE = "dashboard:note"
+_NOTE_OF_TRIAL = "dashboard:{trial}:note"
+_FIXED = "fixed_params"
+_MAX_TRIALS = 2**31 - 1
+
+
+# --- export -------------------------------------------------------------------------------------
+
+
+def export_sweep(name: str, path: Path, storage_url: str, *, overwrite: bool) -> str:
+    """Write a sweep, with what its unfinished trials need to go on, to one file.
+
+    Args:
+        name: the sweep.
+        path: the file, which appears when it is whole.
+        storage_url: where the sweep is; workers may be running.
+        overwrite: whether the file may replace another.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        SweepError: the store has no such sweep, or is only reached through a proxy.
+        StorageError: the store cannot be read, or the file not written.
+    """
+    _refuse_proxy(storage_url)
+    _refuse_database(path, storage_url)
+    if path.is_dir():
+        raise SweepError(f"{path} is a folder; name a file in it, such as {path / name}.sweep")
+    if not overwrite and path.exists():
+        raise archive.exists_already(path)
+    store = open_storage(storage_url, read_only=True)
+    try:
+        stored_sweep(store, name)
+        checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
+        for attempt in range(1, _SNAPSHOTS + 1):
+            line = _export_once(
+                name, path, sql_engine(store), checkpoints, overwrite, last=attempt == _SNAPSHOTS
+            )
+            if line is not None:
+                return line
+        raise AssertionError("unreachable")
+    finally:
+        close_storage(store, storage_url)
+
+
+class _Outdated(Exception):
+    """A trial of the snapshot has finished meanwhile, and its checkpoint is gone."""
+
+
+def _export_once(
+    name: str,
+    path: Path,
+    engine: Engine,
+    checkpoints: CheckpointStore,
+    overwrite: bool,
+    *,
+    last: bool,
+) -> str | None:
+    """Write the file from one snapshot; None if a later snapshot would hold more."""
+    before = {file.name for file in checkpoints.root.glob("*.pt")}
+    studies, versions = with_retries(lambda: _snapshot(engine, name))
+    _check_sweep(name, studies)
+    count, waiting = 0, 0
+    try:
+        with archive.writing(path, overwrite=overwrite) as writer:
+            for study in studies:
+                for trial in study.trials:
+                    if trial.is_finished or _attempts(trial) == 0:
+                        continue
+                    waiting += 1
+                    place = checkpoints.path(f"{study.name}/{trial.number}")
+                    content = _checkpoint_file(place)
+                    if content is not None:
+                        writer.add_checkpoint(study.name, trial.number, content)
+                        count += 1
+                    elif place.name in before and not last:
+                        raise _Outdated
+            for study in studies:
+                writer.add_study(study)
+            writer.add_manifest(name, versions)
+    except _Outdated:
+        return None
+    trials = sum(len(study.trials) for study in studies)
+    missing = f" ({waiting} trials are under way)" if count < waiting else ""
+    return (
+        f"{name}: {_plural(len(studies), 'study', 'studies')}, {_plural(trials, 'trial')}, "
+        f"{_plural(count, 'checkpoint')}{missing}, {path.stat().st_size:,} bytes in {path}"
+    )
+
+
+def _checkpoint_file(place: Path) -> bytes | None:
+    """A checkpoint as it is on disk; None where there is no undamaged one."""
+    try:
+        content = place.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read checkpoint {place} ({error.strerror or error})"
+        ) from error
+    return content if archive.is_whole_checkpoint(content) else None
+
+
+def _snapshot(engine: Engine, name: str) -> tuple[list[StudyRows], dict[str, Any]]:
+    """All rows of a sweep at one moment."""
+    options: dict[str, Any] = {READ_ONLY_OPTION: True}
+    if engine.dialect.name != "sqlite":  # which gives a transaction one snapshot by itself
+        options["isolation_level"] = "REPEATABLE READ"
+    tables = StudyTables()
+    with engine.connect().execution_options(**options) as connection, connection.begin():
+        versions: dict[str, Any] = {p: metadata.version(p) for p in ("sweep", "optuna", "torch")}
+        versions["storage_schema"] = tables.schema_version(connection)
+        ids = tables.ids(connection, attr=(SWEEP, json.dumps(name)))
+        return [tables.read(connection, study_id) for study_id in ids], versions
+
+
+# --- import -------------------------------------------------------------------------------------
+
+
+def import_sweep(
+    path: Path,
+    storage_url: str,
+    *,
+    merge: bool,
+    rename: str | None,
+    say: Callable[[str], None],
+) -> str:
+    """Bring the sweep of a file into a store, or what the file has more than the store.
+
+    Args:
+        path: what `export_sweep` wrote.
+        storage_url: where the sweep goes.
+        merge: whether to take what the file has more, although the store has gone on as well.
+        rename: import it under this name.
+        say: hears of what is worth knowing beside the result.
+
+    Returns:
+        A line that says what was done.
+
+    Raises:
+        SweepError: the store has another sweep or study of this name, or both have gone on and
+            `merge` is false.
+        SpecError: `rename` is no name of a sweep.
+        StorageError: the file is damaged, or the store cannot be used. Nothing was changed.
+        CheckpointError: a checkpoint cannot be written. Nothing was changed.
+    """
+    _refuse_proxy(storage_url)
+    _refuse_database(path, storage_url)
+    check_url(storage_url)
+    with archive.reading(path) as opened:
+        incoming = _read_incoming(opened)
+        _say_versions(opened.versions, say)
+        if rename is not None and rename != incoming.name:
+            incoming = _renamed(incoming, rename)
+            say(
+                f"suggestions and Hyperband's brackets depend on a sweep's name: from here on "
+                f"they are those of {rename}, not those that {opened.sweep} would have had"
+            )
+        store = open_storage(storage_url)
+        try:
+            with exclusive(store, storage_url):
+                checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
+                return _Import(store, storage_url, checkpoints, incoming, merge, say).run()
+        finally:
+            close_storage(store, storage_url)
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """A file's sweep, checked; `checkpoint` reads one by study and number, or gives None."""
+
+    name: str
+    studies: list[StudyRows]
+    with_checkpoint: frozenset[tuple[str, int]]
+    checkpoint: Callable[[str, int], bytes]
+
+
+def _read_incoming(opened: archive.Archive) -> _Incoming:
+    studies = opened.studies()
+    try:
+        _check_sweep(opened.sweep, studies)
+    except SweepError as error:
+        raise ArchiveError(str(error)) from error
+    unfinished = {(s.name, t.number) for s in studies for t in s.trials if not t.is_finished}
+    entries = {(entry.study, entry.number): entry for entry in opened.checkpoints}
+    if len(entries) < len(opened.checkpoints):
+        raise ArchiveError("it has two checkpoints of one trial")
+    for of, entry in entries.items():
+        if of not in unfinished:
+            raise ArchiveError(f"{entry.member} is of no unfinished trial of the file")
+        opened.check_checkpoint(entry)
+    return _Incoming(
+        opened.sweep,
+        studies,
+        frozenset(entries),
+        lambda study, number: opened.checkpoint(entries[study, number]),
+    )
+
+
+def _renamed(incoming: _Incoming, name: str) -> _Incoming:
+    studies, before = [], {}
+    for study in incoming.studies:
+        table = {**json.loads(study.user_attrs[SPEC]), "name": name}
+        renamed = SweepSpec.from_dict(table).study_name(json.loads(study.user_attrs[CELL]))
+        before[renamed] = study.name
+        attrs = {**study.user_attrs, SWEEP: json.dumps(name), SPEC: json.dumps(table)}
+        studies.append(replace(study, name=renamed, user_attrs=attrs))
+    after = {old: new for new, old in before.items()}
+    return _Incoming(
+        name,
+        studies,
+        frozenset((after[study], number) for study, number in incoming.with_checkpoint),
+        lambda study, number: incoming.checkpoint(before[study], number),
+    )
+
+
+def _say_versions(versions: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    for package in ("optuna", "torch"):
+        here, there = metadata.version(package), versions.get(package)
+        if there != here:
+            say(
+                f"the file was written with {package} {str(there)[:40]!r}, here is {here!r}: "
+                "what is computed from here on may differ in its last digits"
+            )
+
+
+class _Import:
+    """One import; its transaction may be run again after a lock or a lost connection."""
+
+    def __init__(
+        self,
+        store: BaseStorage,
+        storage_url: str,
+        checkpoints: CheckpointStore,
+        incoming: _Incoming,
+        merge: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._url = storage_url
+        self._checkpoints = checkpoints
+        self._incoming = incoming
+        self._merge = merge
+        self._say = say
+        self._tables = StudyTables()
+
+    def run(self) -> str:
+        plans = with_retries(self._look)
+        if plans is not None and any(plan.running for plan in plans):
+            # Trials of workers that were killed are RUNNING until somebody looks after them.
+            queue = TrialQueue(self._store, worker_id="import")
+            queue.requeue_abandoned([plan.study_id for plan in plans])
+        lines, result = with_retries(self._write)
+        for line in lines:
+            self._say(line)
+        return result
+
+    def _look(self) -> list[_Plan] | None:
+        """What would be done; refuses what must not be done."""
+        engine = sql_engine(self._store)
+        with engine.connect().execution_options(**{READ_ONLY_OPTION: True}) as connection:
+            return self._plans(connection)
+
+    def _plans(self, connection: Connection) -> list[_Plan] | None:
+        """One plan for each study; None if the store does not have the sweep."""
+        incoming = self._incoming
+        ids = self._tables.ids(
+            connection,
+            attr=(SWEEP, json.dumps(incoming.name)),
+            names=[study.name for study in incoming.studies],
+        )
+        if not ids:
+            return None
+        existing = [self._tables.read(connection, study_id) for study_id in ids]
+        for study in existing:
+            if _attr(study.user_attrs, SWEEP) != incoming.name:
+                raise SweepError(
+                    f"the store has a study {study.name!r} that is not of this sweep; import "
+                    "under another --name"
+                )
+        try:
+            _check_sweep(incoming.name, existing)
+        except SweepError as error:
+            raise SweepError(
+                f"{incoming.name} in the store is not whole ({error}); sweep start "
+                f"{incoming.name} completes it, or import under another --name"
+            ) from error
+        by_name = {study.name: study for study in incoming.studies}
+        _refuse_other_sweep(existing, by_name)
+        plans = [
+            _plan(study, by_name[study.name], self._incoming.with_checkpoint, self._checkpoints)
+            for study in existing
+        ]
+        ahead, behind = any(p.ahead for p in plans), any(p.behind for p in plans)
+        conflicts = any(plan.conflicts for plan in plans)
+        if not self._merge and (conflicts or (ahead and behind)):
+            for plan in plans:
+                for line in plan.differences():
+                    self._say(line)
+            raise SweepError(
+                f"{incoming.name} has gone on in the store and in the file; --merge keeps what "
+                "both have computed"
+            )
+        return plans
+
+    def _write(self) -> tuple[list[str], str]:
+        name, place = self._incoming.name, shown_url(self._url)
+        with CheckpointPlacement(self._checkpoints) as placement:
+            finished: list[str] = []
+            with sql_engine(self._store).begin() as connection:
+                ids = self._tables.ids(connection, attr=(SWEEP, json.dumps(name)))
+                self._tables.lock(connection, ids)
+                plans = self._plans(connection)
+                if plans is None:
+                    lines, result = [], self._create(connection, placement)
+                else:
+                    for plan in plans:
+                        finished += self._carry_out(connection, plan, placement)
+                    lines = [line for plan in plans for line in plan.remarks()]
+                    result = _summary(plans)
+                placement.place()
+            placement.keep()
+            for key in finished:
+                # Of no use any more, and harmless where it stays.
+                with suppress(CheckpointError):
+                    self._checkpoints.delete(key)
+        return lines, f"{name} in {place}: {result}"
+
+    def _create(self, connection: Connection, placement: CheckpointPlacement) -> str:
+        going_on = 0
+        for study in self._incoming.studies:
+            waiting = replace(study, trials=[_released(trial) for trial in study.trials])
+            self._tables.insert_study(connection, waiting)
+            going_on += sum(
+                not trial.is_finished and _attempts(trial) > 0 for trial in study.trials
+            )
+        for study_name, number in sorted(self._incoming.with_checkpoint):
+            content = self._incoming.checkpoint(study_name, number)
+            placement.stage(f"{study_name}/{number}", content)
+        studies = self._incoming.studies
+        trials = sum(len(study.trials) for study in studies)
+        text = (
+            f"imported {_plural(len(studies), 'study', 'studies')}, {_plural(trials, 'trial')}, "
+            f"{_plural(len(self._incoming.with_checkpoint), 'checkpoint')}"
+        )
+        if going_on:
+            text += f"; {_plural(going_on, 'interrupted trial')} to go on"
+        return text
+
+    def _carry_out(
+        self, connection: Connection, plan: _Plan, placement: CheckpointPlacement
+    ) -> list[str]:
+        """Write what a plan says; return the checkpoints that are then of finished trials."""
+        tables, name, finished = self._tables, plan.file.name, []
+        tables.set_study_attrs(
+            connection, plan.study_id, user=plan.study_user, system=plan.study_system
+        )
+        added = [_released(trial) for _, trial in plan.added]
+        if added:
+            tables.insert_trials(connection, plan.study_id, added)
+        places = {origin: trial.number for origin, trial in plan.added}
+        for ours, theirs in plan.replaced:
+            assert ours.trial_id is not None
+            kept = {**ours.user_attrs, **theirs.user_attrs}
+            trial = _released(replace(theirs, user_attrs=kept))
+            tables.replace_trial(connection, plan.study_id, ours.trial_id, trial)
+            places[theirs.number] = ours.number
+            if theirs.is_finished:
+                finished.append(f"{name}/{ours.number}")
+        for change in plan.attrs:
+            tables.set_trial_attrs(
+                connection, plan.study_id, change.trial_id,
+                user=change.user, system=change.system, study=change.study,
+            )  # fmt: skip
+        for number, at in places.items():
+            if (name, number) in self._incoming.with_checkpoint:
+                placement.stage(f"{name}/{at}", self._incoming.checkpoint(name, number))
+        return finished
+
+
+# --- what a sweep must be -----------------------------------------------------------------------
+
+
+def _check_sweep(name: str, studies: list[StudyRows]) -> None:
+    """Refuse studies that are not one whole sweep, as every other command counts on it.
+
+    Sorts them in the order of the spec's cells.
+
+    Raises:
+        SweepError: saying what is wrong.
+    """
+    specs = [_check_study(name, study) for study in studies]
+    if not specs or len(studies) != len(specs[0].cells):
+        cells = len(specs[0].cells) if specs else 1
+        raise SweepError(f"it has {len(studies)} of the {cells} studies of {name}")
+    positions = sorted(_attr(study.user_attrs, POSITION) for study in studies)
+    if positions != list(range(len(studies))):
+        raise SweepError(f"two studies of {name} are the same")
+    for spec in specs[1:]:
+        if decisive_changes(specs[0], spec):
+            raise SweepError(f"the studies of {name} have different specs")
+    studies.sort(key=lambda study: int(study.user_attrs[POSITION]))
+
+
+def _check_study(name: str, study: StudyRows) -> SweepSpec:
+    attrs, where = study.user_attrs, f"study {study.name[:80]!r}"
+    if _attr(attrs, SWEEP) != name:
+        raise SweepError(f"{where} is not of the sweep {name!r}")
+    table, cell, position = (_attr(attrs, key) for key in (SPEC, CELL, POSITION))
+    fingerprint = _attr(attrs, FINGERPRINT)
+    if not isinstance(table, dict) or not isinstance(fingerprint, str) or READY not in attrs:
+        raise SweepError(f"{where} is not whole: it lacks its spec or its data set's fingerprint")
+    try:
+        spec = SweepSpec.from_dict(table)
+        if spec.name != name:
+            raise SweepError(f"the spec of {where} is of {spec.name[:80]!r}, not of {name!r}")
+        if type(position) is not int or not 0 <= position < len(spec.cells):
+            raise SweepError(f"{where} has no place in its spec")
+        if dict(spec.cells[position]) != cell or spec.study_name(cell) != study.name:
+            raise SweepError(f"{where} is not the study that its spec has at {position}")
+        spec.config(cell, spec.lowest_params())
+    except SpecError as error:
+        raise SweepError(f"the spec of {where} is refused: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SweepError(f"the spec of {where} cannot be read ({type(error).__name__})") from error
+    if spec.budget.trials > _MAX_TRIALS:
+        raise SweepError(f"{where} has a budget of more than {_MAX_TRIALS} trials")
+    added = _attr(attrs, ADDED) or 0
+    if type(added) is not int or not 0 <= added <= _MAX_TRIALS:
+        raise SweepError(f"{where} has {str(added)[:80]!r} added trials")
+    if study.directions != ("MAXIMIZE",):
+        raise SweepError(f"{where} does not maximize one value")
+    for trial in study.trials:
+        _check_attrs(trial, where)
+    return spec
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_TRIALS
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_curves(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(points, list) and all(map(_is_number, points)) for points in value.values()
+    )
+
+
+def _is_lease(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_count(value.get(key, 0)) for key in ("attempt", "deaths")
+    )
+
+
+def _is_progress(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_count(value.get(k)) for k in ("step", "deaths"))
+
+
+# What workers and views take for granted of the attributes that they read.
+_SYSTEM_ATTRS: dict[str, Callable[[Any], bool]] = {
+    LEASE_ATTR: _is_lease,
+    CURVES: _is_curves,
+    PROVENANCE: lambda value: isinstance(value, dict),
+    "sweep:progress": _is_progress,
+    "sweep:failures": _is_count,
+    _FIXED: lambda value: isinstance(value, dict),
+    MERGED_FROM: lambda value: isinstance(value, list) and all(map(_is_count, value)),
+}
+_USER_ATTRS: dict[str, Callable[[Any], bool]] = {
+    OUTCOME: lambda value: value in OUTCOMES,
+    REASON: lambda value: isinstance(value, str),
+    LABEL: lambda value: isinstance(value, str),
+    SECONDS: _is_number,
+}
+
+
+def _check_attrs(trial: TrialRows, where: str) -> None:
+    for attrs, accepted in ((trial.system_attrs, _SYSTEM_ATTRS), (trial.user_attrs, _USER_ATTRS)):
+        for key, is_sound in accepted.items():
+            if key in attrs and not is_sound(_attr(attrs, key)):
+                raise SweepError(f"{where}: trial {trial.number} has no sound attribute {key!r}")
+
+
+def _refuse_other_sweep(existing: Sequence[StudyRows], by_name: Mapping[str, StudyRows]) -> None:
+    """Refuse to bring together what was not computed from the same spec and images."""
+    for ours in existing:
+        # A difference in [each] may leave other studies, so the specs come first.
+        theirs = by_name.get(ours.name) or next(iter(by_name.values()))
+        changed = decisive_changes(_spec(ours), _spec(theirs))
+        if changed:
+            shown = "; ".join(f"{key}: store {a!r}, file {b!r}" for key, (a, b) in changed.items())
+            raise SweepError(
+                f"{_spec(ours).name} is in the store with other settings ({shown}); import under "
+                "another --name"
+            )
+        if ours.user_attrs[FINGERPRINT] != theirs.user_attrs[FINGERPRINT]:
+            raise SweepError(
+                f"{ours.name} was begun on other images in the store (fingerprint "
+                f"{_attr(ours.user_attrs, FINGERPRINT)[:12]}) than in the file "
+                f"({_attr(theirs.user_attrs, FINGERPRINT)[:12]}); import under another --name"
+            )
+
+
+# --- comparing two states of a study ------------------------------------------------------------
+
+
+@dataclass
+class _Attrs:
+    trial_id: int
+    user: dict[str, str]
+    system: dict[str, str]
+    study: dict[str, str]
+
+
+@dataclass
+class _Plan:
+    """What a file's study would change in the store's.
+
+    Attributes:
+        added: trials to create, with their number in the file; in their new numbers.
+        replaced: (store's, file's): unfinished trials that the file has finished or brought
+            further.
+        attrs: attributes that the store's trials lack.
+        study_user, study_system: attributes to set on the study.
+        ahead: numbers of the store's that the file does not have, or not as far.
+        behind: numbers of the file's that the store does not have, or not as far.
+        conflicts: numbers whose trials are different ones.
+        running: trials that a worker holds here, and that the file has further.
+    """
+
+    study_id: int
+    store: StudyRows
+    file: StudyRows
+    added: list[tuple[int, TrialRows]] = field(default_factory=list)
+    replaced: list[tuple[TrialRows, TrialRows]] = field(default_factory=list)
+    attrs: list[_Attrs] = field(default_factory=list)
+    study_user: dict[str, str] = field(default_factory=dict)
+    study_system: dict[str, str] = field(default_factory=dict)
+    ahead: list[int] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
+    conflicts: list[int] = field(default_factory=list)
+    running: list[int] = field(default_factory=list)
+    kept_spec: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the store has all of it."""
+        return not (
+            self.added or self.replaced or self.attrs or self.study_user or self.study_system
+        )
+
+    def differences(self) -> list[str]:
+        """One line for each kind of difference."""
+        name = self.store.name
+        kinds = {
+            "only or further in the store": self.ahead,
+            "only or further in the file": self.behind,
+            "different trials of the same number": self.conflicts,
+        }
+        return [
+            f"{name}: {kind}: {_numbers(numbers)} ({_plural(len(numbers), 'trial')})"
+            for kind, numbers in kinds.items()
+            if numbers
+        ]
+
+    def remarks(self) -> list[str]:
+        """What went otherwise than one might expect."""
+        name, lines = self.store.name, []
+        moved = [(origin, trial.number) for origin, trial in self.added if origin != trial.number]
+        if moved:
+            shown = ", ".join(f"#{origin} as #{number}" for origin, number in moved)
+            lines.append(f"{name}: numbers that were taken; the file's trials are kept: {shown}")
+        if self.running:
+            lines.append(
+                f"{name}: workers hold {_numbers(self.running)} here, which the file has further; "
+                "they go on as they are"
+            )
+        if self.kept_spec:
+            lines.append(f"{name}: texts and budgets differ; the store's are kept, the larger "
+                         "budget holds")  # fmt: skip
+        return lines
+
+
+def _plan(
+    store: StudyRows,
+    file: StudyRows,
+    with_checkpoint: frozenset[tuple[str, int]],
+    checkpoints: CheckpointStore,
+) -> _Plan:
+    assert store.study_id is not None
+    plan = _Plan(store.study_id, store, file)
+
+    def progress(trial: TrialRows, has_checkpoint: bool) -> int:
+        # Without its checkpoint a trial starts over, whatever its curve says.
+        return len(trial.intermediate) if has_checkpoint else 0
+
+    pairs = _pairs(store, file)
+    for theirs in file.trials:
+        ours = pairs.get(theirs.number)
+        if ours is None:
+            if theirs.number < len(store.trials):
+                if not _is_blank(theirs):
+                    plan.conflicts.append(theirs.number)
+                continue
+            if not _is_blank(theirs):
+                plan.behind.append(theirs.number)
+            continue
+        if ours.is_finished:
+            if not theirs.is_finished:
+                plan.ahead.append(ours.number)
+            continue_with = theirs.is_finished
+        elif theirs.is_finished:
+            plan.behind.append(theirs.number)
+            plan.replaced.append((ours, theirs))
+            continue_with = False
+        else:
+            key = f"{store.name}/{ours.number}"
+            here = progress(ours, checkpoints.path(key).exists())
+            there = progress(theirs, (file.name, theirs.number) in with_checkpoint)
+            continue_with = here == there
+            if here > there or (_is_blank(theirs) and not _is_blank(ours)):
+                plan.ahead.append(ours.number)
+            elif here < there or (_is_blank(ours) and not _is_blank(theirs)):
+                if ours.state == "RUNNING":
+                    plan.running.append(ours.number)
+                else:
+                    plan.behind.append(theirs.number)
+                    plan.replaced.append((ours, theirs))
+                    continue_with = False
+        if continue_with:
+            _add_attrs(plan, ours, theirs)
+    matched = {trial.number for trial in pairs.values()}
+    plan.ahead += [
+        trial.number
+        for trial in store.trials
+        if trial.number not in matched
+        and trial.number not in plan.conflicts
+        and not _is_blank(trial)
+    ]
+    _number_added(plan, pairs)
+    _plan_study(plan)
+    return plan
+
+
+def _number_added(plan: _Plan, pairs: Mapping[int, TrialRows]) -> None:
+    """Number the trials to create: their own numbers where these are free, and no gaps."""
+    missing = [trial for trial in plan.file.trials if trial.number not in pairs]
+    number = len(plan.store.trials)
+    natural = [trial for trial in missing if trial.number >= number]
+    pool = [trial for trial in missing if trial.number < number and not _is_blank(trial)]
+    while natural or pool:
+        at_home = bool(natural) and (natural[0].number <= number or not pool)
+        trial = (natural if at_home else pool).pop(0)
+        attrs = {}
+        if trial.number != number:
+            attrs[MERGED_FROM] = json.dumps(sorted(_origins(trial)))
+        plan.added.append((trial.number, renumbered(trial, number, attrs)))
+        number += 1
+
+
+def _pairs(store: StudyRows, file: StudyRows) -> dict[int, TrialRows]:
+    """The store's trial that each of the file's trials is, by the file's number."""
+    pairs: dict[int, TrialRows] = {}
+    free = {trial.number: trial for trial in store.trials}
+
+    def pair(theirs: TrialRows, ours: TrialRows) -> None:
+        pairs[theirs.number] = free.pop(ours.number)
+
+    # The very same result, whatever its number is by now.
+    known: dict[object, list[TrialRows]] = {}
+    for trial in store.trials:
+        if trial.is_finished:
+            known.setdefault(_identity(trial), []).append(trial)
+    for theirs in file.trials:
+        if theirs.is_finished:
+            same = [t for t in known.get(_identity(theirs), ()) if t.number in free]
+            if same:
+                pair(theirs, min(same, key=lambda t: t.number != theirs.number))
+    for theirs in file.trials:
+        at = free.get(theirs.number)
+        if theirs.number not in pairs and at is not None and _is_same(at, theirs):
+            pair(theirs, at)
+    # Trials that an earlier merge has given another number.
+    for theirs in file.trials:
+        if theirs.number in pairs or not theirs.params:
+            continue
+        for ours in list(free.values()):
+            if MERGED_FROM in ours.system_attrs or MERGED_FROM in theirs.system_attrs:
+                related = _origins(ours) & _origins(theirs)
+                if related and ours.params and _is_same(ours, theirs):
+                    pair(theirs, ours)
+                    break
+    return pairs
+
+
+def _origins(trial: TrialRows) -> set[int]:
+    return {trial.number, *(_attr(trial.system_attrs, MERGED_FROM) or ())}
+
+
+def _identity(trial: TrialRows) -> object:
+    """Equal for two records of one training: who ran it, when, and what came out."""
+    lease = trial.system_attrs.get(LEASE_ATTR)
+    return (lease, trial.started, trial.completed, _result(trial))
+
+
+def _result(trial: TrialRows) -> object:
+    return (
+        trial.state,
+        tuple(sorted((name, value) for name, (value, _) in trial.params.items())),
+        trial.values,
+        tuple(sorted(trial.intermediate.items())),
+        trial.user_attrs.get(OUTCOME),
+    )
+
+
+def _is_blank(trial: TrialRows) -> bool:
+    """Whether nothing was ever decided about a trial but its number."""
+    return not (
+        trial.is_finished
+        or trial.params
+        or trial.intermediate
+        or _FIXED in trial.system_attrs
+        or LABEL in trial.user_attrs
+    )
+
+
+def _is_same(ours: TrialRows, theirs: TrialRows) -> bool:
+    """Whether two trials of one number are the same training, as far as both have come."""
+    if ours.is_finished and theirs.is_finished:
+        return _result(ours) == _result(theirs)
+    if _is_blank(ours):
+        # A worker that is about to fill it in would do so differently.
+        return theirs.is_finished or ours.state != "RUNNING" or _is_blank(theirs)
+    if _is_blank(theirs):
+        return True
+    if ours.user_attrs.get(LABEL) != theirs.user_attrs.get(LABEL):
+        return False
+    here, there = _settings(ours), _settings(theirs)
+    shared = here.keys() & there.keys()
+    # A trial that was interrupted among its suggestions has some of them only.
+    return shared in (here.keys(), there.keys()) and all(here[k] == there[k] for k in shared)
+
+
+def _settings(trial: TrialRows) -> dict[str, Any]:
+    return {**(_attr(trial.system_attrs, _FIXED) or {}), **trial.external_params()}
+
+
+def _add_attrs(plan: _Plan, ours: TrialRows, theirs: TrialRows) -> None:
+    """Plan what the store's record of a trial lacks; where both have a value, it keeps its own."""
+    assert ours.trial_id is not None
+
+    def lacking(mine: Mapping[str, str], its: Mapping[str, str]) -> dict[str, str]:
+        return {key: text for key, text in its.items() if key not in mine}
+
+    change = _Attrs(
+        ours.trial_id,
+        lacking(ours.user_attrs, theirs.user_attrs),
+        lacking(ours.system_attrs, {k: v for k, v in theirs.system_attrs.items()
+                                    if k != MERGED_FROM}),
+        _merged_notes(ours.study_attrs, theirs.study_attrs, _NOTE_OF_TRIAL),
+    )  # fmt: skip
+    if change.user or change.system or change.study:
+        plan.attrs.append(change)
+
+
+def _merged_notes(
+    ours: Mapping[str, str], theirs: Mapping[str, str], prefix: str
+) -> dict[str, str]:
+    """What to set so that the later version of a note stands, and everything else of both."""
+    changes = {
+        key: text for key, text in theirs.items() if key not in ours and not key.startswith(prefix)
+    }
+    if _note_version(theirs, prefix) > _note_version(ours, prefix):
+        # The dashboard, too, blanks the parts that a shorter text leaves over.
+        changes |= {key: '""' for key in ours if key.startswith(f"{prefix}_str:")}
+        changes |= {key: text for key, text in theirs.items() if key.startswith(prefix)}
+    return changes
+
+
+def _note_version(attrs: Mapping[str, str], prefix: str) -> int:
+    version = _attr(attrs, f"{prefix}_ver")
+    return version if isinstance(version, int) else 0
+
+
+def _plan_study(plan: _Plan) -> None:
+    ours, theirs = plan.store, plan.file
+    plan.study_user = {k: t for k, t in theirs.user_attrs.items() if k not in ours.user_attrs}
+    plan.study_system = _merged_notes(ours.system_attrs, theirs.system_attrs, _NOTE)
+    for key, text in theirs.system_attrs.items():
+        # QMCSampler counts the points of its sequence that were used.
+        if key.startswith("qmc:") and key in ours.system_attrs:
+            counts = [_attr(attrs, key) for attrs in (ours.system_attrs, theirs.system_attrs)]
+            if all(isinstance(count, int) for count in counts) and counts[1] > counts[0]:
+                plan.study_system[key] = text
+        if key.startswith(SESSION) and key in ours.system_attrs:
+            spans = [_attr(attrs, key) for attrs in (ours.system_attrs, theirs.system_attrs)]
+            if all(map(is_span, spans)) and spans[1] > spans[0]:
+                plan.study_system[key] = text
+    counts = [_attr(study.user_attrs, ADDED) or 0 for study in (ours, theirs)]
+    if all(isinstance(count, int) for count in counts) and counts[1] > counts[0]:
+        plan.study_user[ADDED] = theirs.user_attrs[ADDED]
+    here, there = (_attr(study.user_attrs, SPEC) for study in (ours, theirs))
+    if here == there:
+        return
+    # Whoever renews a spec writes the note anew, which counts its versions.
+    versions = [_note_version(study.system_attrs, _NOTE) for study in (ours, theirs)]
+    if versions[1] > versions[0]:
+        for key in (SPEC, "question", "source"):
+            if key in theirs.user_attrs:
+                plan.study_user[key] = theirs.user_attrs[key]
+    elif versions[1] == versions[0]:
+        budgets = [spec["budget"]["trials"] for spec in (here, there)]
+        plan.kept_spec = True
+        if budgets[1] > budgets[0]:
+            here["budget"]["trials"] = budgets[1]
+            plan.study_user[SPEC] = json.dumps(here)
+
+
+def _summary(plans: Sequence[_Plan]) -> str:
+    if all(plan.is_empty for plan in plans):
+        newer = any(plan.ahead for plan in plans)
+        return "nothing to do, the store has all of the file" + (" and more" if newer else "")
+    added = sum(len(plan.added) for plan in plans)
+    taken = sum(len(plan.replaced) for plan in plans)
+    parts = [f"{_plural(added, 'trial')} added", f"{taken} brought further"]
+    if not added and not taken:
+        parts = ["attributes brought up to date"]
+    moved = sum(origin != trial.number for plan in plans for origin, trial in plan.added)
+    if moved:
+        parts.append(f"{moved} of them under another number")
+    return ", ".join(parts)
+
+
+# --- small things -------------------------------------------------------------------------------
+
+
+def _spec(study: StudyRows) -> SweepSpec:
+    return SweepSpec.from_dict(_attr(study.user_attrs, SPEC))
+
+
+def _attr(attrs: Mapping[str, str], key: str) -> Any:
+    """An attribute's value; None if there is none."""
+    return json.loads(attrs[key]) if key in attrs else None
+
+
+def _attempts(trial: TrialRows) -> int:
+    lease = _attr(trial.system_attrs, LEASE_ATTR) or {}
+    attempt = lease.get("attempt", 0)
+    return int(attempt) + (trial.state == "RUNNING" and "token" not in lease)
+
+
+def _released(trial: TrialRows) -> TrialRows:
+    """A running trial as its worker would have left it, had it been asked to stop.
+
+    As :meth:`storage.trials.TrialQueue.release` writes it: no death is counted.
+    """
+    if trial.state != "RUNNING":
+        return trial
+    lease = _attr(trial.system_attrs, LEASE_ATTR) or {}
+    released = {
+        "released": True,
+        "worker": lease.get("worker"),
+        "attempt": _attempts(trial),
+        "deaths": lease.get("deaths", 0),
+    }
+    attrs = {**trial.system_attrs, LEASE_ATTR: json.dumps(released)}
+    return replace(trial, state="WAITING", started=None, heartbeat=None, system_attrs=attrs)
+
+
+def _refuse_proxy(storage_url: str) -> None:
+    if storage_url.startswith("grpc://"):
+        raise SweepError(
+            f"a sweep moves from database to database, not through the proxy {storage_url}; run "
+            "this where the database is reached, with its own --storage"
+        )
+
+
+def _refuse_database(path: Path, storage_url: str) -> None:
+    """Opening a SQLite database as a file would drop the locks that SQLite holds on it."""
+    database = sqlite_path(storage_url)
+    if database is None:
+        return
+    own = [Path(f"{database}{end}").resolve() for end in ("", "-wal", "-shm", ".lock")]
+    if path.resolve() in own:
+        raise SweepError(f"{path} belongs to the store itself; name another file")
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    """Trial numbers, runs of them as ranges."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"#{a}" if a == b else f"#{a} to #{b}" for a, b in runs)
+
+
+def _plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
