@@ -306,8 +306,7 @@ class TrialConfig:
     )
     exponential_gamma: float = _setting(
         0.97,
-        "The learning rate is multiplied by this in every epoch after the warmup "
-        "(`exponential`).",
+        "The learning rate is multiplied by this in every epoch after the warmup (`exponential`).",
         float,
         above=0,
         high=1,

@@ -29,7 +29,8 @@ from optuna.trial import TrialState
 
 from data.sources import DataError
 from storage.checkpoints import CheckpointError, CheckpointStore
-from storage.trials import Claim, LeaseLostError, TrialQueue, with_retries
+from storage.retries import StopRequestedError, is_transient, with_retries
+from storage.trials import Claim, LeaseLostError, TrialQueue
 from sweeps import search
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
@@ -138,11 +139,20 @@ class Worker:
     def run(self) -> None:
         """Pull trials until the budget is met or `stop` is set.
 
+        A store that does not answer is waited for. If `stop` is set during the wait, the trial
+        stays as it is, under a lease that nobody renews.
+
         Raises:
             SweepError: the sweep is not in the store, its data set is another one here, or
                 trial after trial fails alike.
             DataError: the data set is missing or broken.
         """
+        try:
+            self._pull()
+        except StopRequestedError as stopped:
+            logger.warning("%s; a trial left running goes to another worker", stopped)
+
+    def _pull(self) -> None:
         while not self._stop.is_set():
             sweep = with_retries(lambda: stored_sweep(self._store, self._name))
             studies = [(study.study_id, study.budget) for study in sweep.studies]
@@ -167,7 +177,7 @@ class Worker:
                 try:
                     self._queue.renew(claim)
                 except Exception as error:
-                    if not isinstance(error, LeaseLostError):
+                    if not isinstance(error, LeaseLostError | StopRequestedError):
                         logger.error("cannot renew the lease: %s", _first_line(error))
                     lost.set()
                     return
@@ -215,11 +225,15 @@ class Worker:
         except Interrupted:
             self._queue.release(claim)
             return
+        except StopRequestedError:
+            raise
         except (SweepError, DataError, CheckpointError):
             # Not the trial's fault: no other would fare better here.
             self._queue.release(claim)
             raise
         except Exception as error:
+            if is_transient(error):
+                raise  # The store stayed away: neither the trial's fault nor to be told there.
             if _breaks_device(error):
                 self._queue.release(claim)
                 raise SweepError(f"the device failed: {_first_line(error)}") from error
@@ -254,8 +268,9 @@ class Worker:
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, TrialConfig]:
         """Suggest the trial's settings; tell its provenance."""
-        trial = self._trial(sweep, study, claim)
-        params = with_retries(lambda: search.suggest(trial, sweep.spec.search))
+        # A trial anew for each try: of a suggestion whose answer was lost, the store has the
+        # value, and this sampler would draw another.
+        trial, params = with_retries(lambda: self._suggested(sweep, study, claim))
         try:
             config = sweep.spec.config(study.cell, params)
         except SpecError as error:
@@ -265,6 +280,12 @@ class Worker:
             lambda: self._store.set_trial_system_attr(claim.trial_id, PROVENANCE, provenance)
         )
         return trial, config
+
+    def _suggested(
+        self, sweep: StoredSweep, study: SweepStudy, claim: Claim
+    ) -> tuple[optuna.Trial, dict[str, Value]]:
+        trial = self._trial(sweep, study, claim)
+        return trial, search.suggest(trial, sweep.spec.search)
 
     def _trial(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> optuna.Trial:
         optuna_study = with_retries(

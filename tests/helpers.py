@@ -1,10 +1,13 @@
-"""A sweep small enough for tests, on real images, and the command that runs it."""
+"""A sweep small enough for tests, on real images, the command that runs it, and processes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,12 @@ from sweeps.config import TrialConfig
 from sweeps.spec import SweepSpec
 from sweeps.studies import create_or_resume
 from sweeps.worker import StopRequest, Worker, WorkerOptions
+
+PROCESSES = multiprocessing.get_context("forkserver")
+# What every child would import again. One server of forks serves all test modules of a run.
+PROCESSES.set_forkserver_preload(
+    ["alembic.command", "filelock", "optuna.storages._rdb.models", "pytest", "torch"]
+)
 
 TRAIN: dict[str, Any] = {
     "dataset": "digits", "validation_fraction": 0.2, "augment": "none", "model": "resnet8",
@@ -102,3 +111,31 @@ def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.Complete
 def environment() -> dict[str, str]:
     """Ours, without what would redirect a sweep."""
     return {k: v for k, v in os.environ.items() if not k.startswith("SWEEP_")}
+
+
+def _child(function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any, start: Any) -> None:
+    start.wait(60)
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+
+
+def together(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Run each call in a process of its own, all let go at one moment; return the results."""
+    start = PROCESSES.Barrier(len(calls))
+    running = []
+    for arguments in calls:
+        here, there = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=_child, args=(function, arguments, there, start))
+        process.start()
+        there.close()
+        running.append((process, here))
+    results = []
+    for process, pipe in running:
+        assert pipe.poll(90), "a process hangs"
+        results.append(pipe.recv())
+        process.join(30)
+    errors = [result for good, result in results if not good]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in results]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,17 +21,13 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers import PROCESSES, together
 from optuna.trial import TrialState
 from sqlalchemy import create_engine, event, text
 
 from storage.engine import StorageError, open_storage, sql_engine
-from storage.trials import LEASE_ATTR, Claim, LeaseLostError, TrialQueue, enqueue
-
-PROCESSES = multiprocessing.get_context("forkserver")
-# What every child would import again. One server of forks serves all test modules of a run.
-PROCESSES.set_forkserver_preload(
-    ["alembic.command", "filelock", "optuna.storages._rdb.models", "pytest", "torch"]
-)
+from storage.leases import LEASE_ATTR
+from storage.trials import Claim, LeaseLostError, TrialQueue, enqueue
 
 ROOT = Path(__file__).parent.parent
 SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
@@ -106,34 +100,6 @@ def lease(url: str, number: int = 0) -> dict[str, Any]:
     value = trials(url)[number].system_attrs[LEASE_ATTR]
     assert isinstance(value, dict)
     return value
-
-
-def _child(function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any, start: Any) -> None:
-    start.wait(60)
-    try:
-        pipe.send((True, function(*arguments)))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
-
-
-def together(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    """Run each call in a process of its own, all let go at one moment; return the results."""
-    start = PROCESSES.Barrier(len(calls))
-    running = []
-    for arguments in calls:
-        here, there = PROCESSES.Pipe()
-        process = PROCESSES.Process(target=_child, args=(function, arguments, there, start))
-        process.start()
-        there.close()
-        running.append((process, here))
-    results = []
-    for process, pipe in running:
-        assert pipe.poll(90), "a process hangs"
-        results.append(pipe.recv())
-        process.join(30)
-    errors = [result for good, result in results if not good]
-    assert not errors, "\n".join(errors)
-    return [result for _, result in results]
 
 
 def pull(url: str, worker_id: str, studies: list[tuple[int, int]]) -> list[tuple[int, int]]:
