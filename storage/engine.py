@@ -414,7 +414,7 @@ def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
     from optuna.storages import get_storage
 
     options: dict[str, Any] = {"pool_pre_ping": True}
-    if url.get_driver_name() in ("psycopg", "psycopg2"):
+    if url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
         # Nobody waits for ever for a machine that is gone.
         args = {k: v for k, v in _LIBPQ_LIMITS.items() if k not in url.query}
         options["connect_args"] = args

@@ -2,7 +2,7 @@
 
 Two services share one channel: Optuna's own storage proxy, for everything that Optuna does, and
 ``sweep.Claims``, which runs the transactions of :class:`storage.trial_table.TrialTable` on the
-server. Requests and answers of the latter are JSON. The channel is neither encrypted nor
+server. A request of the latter is a JSON object, its answer a JSON list of one value. The channel is neither encrypted nor
 authenticated.
 
 A call that gets no answer fails with :class:`ProxyError` instead of hanging: on a dead server
@@ -163,7 +163,7 @@ class RemoteStorage(GrpcStorageProxy):
         place = f"grpc://{self._host}:{self._port}"
         ask = self._limited(self._json("unary_unary", "hello"), writes=False, seconds=HELLO_SECONDS)
         try:
-            answer = ask({})
+            (answer,) = ask({})
         except ProxyError as error:
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                 raise StorageError(
@@ -196,7 +196,7 @@ class RemoteStorage(GrpcStorageProxy):
         while True:
             stream = open_stream({})
             try:
-                held = next(stream)
+                (held,) = next(stream)
             except StopIteration:
                 held = False
             except grpc.RpcError as error:
@@ -226,7 +226,8 @@ class RemoteTrialTable:
                 reads = name in ("running", "candidates", "unfinished", "read")
                 self._methods[name] = self._storage.method(name, writes=not reads)
         try:
-            return self._methods[name](arguments)
+            (answer,) = self._methods[name](arguments)
+            return answer
         except ProxyError as error:
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
                 raise StorageError(error.details()) from error

@@ -281,7 +281,8 @@ def _unary(operation: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
 
 def _to_json(value: Any) -> bytes:
-    return json.dumps(value).encode()
+    # In a list: gRPC takes None for an answer that could not be read.
+    return json.dumps([value]).encode()
 
 
 def _pairs(studies: list[list[int]]) -> list[tuple[int, int]]:

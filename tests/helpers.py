@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from sweeps.worker import StopRequest, Worker, WorkerOptions
 PROCESSES = multiprocessing.get_context("forkserver")
 # What every child would import again. One server of forks serves all test modules of a run.
 PROCESSES.set_forkserver_preload(
-    ["alembic.command", "filelock", "optuna.storages._rdb.models", "pytest", "torch"]
+    ["alembic.command", "filelock", "helpers", "optuna.storages._rdb.models", "pytest"]
 )
 
 TRAIN: dict[str, Any] = {
@@ -63,7 +64,12 @@ def write_spec(path: Path, **changes: Any) -> Path:
 
 def begin(tmp_path: Path, spec: SweepSpec) -> BaseStorage:
     """Create a sweep's studies in a fresh store, as `sweep start` does before its workers."""
-    store = open_storage(url(tmp_path))
+    return begin_at(url(tmp_path), spec)
+
+
+def begin_at(storage_url: str, spec: SweepSpec) -> BaseStorage:
+    """The same in any store."""
+    store = open_storage(storage_url)
     dataset = objective.open_dataset(TrialConfig.build(TRAIN), None)
     create_or_resume(store, spec, [dataset.fingerprint] * len(spec.cells))
     return store
@@ -106,6 +112,77 @@ def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.Complete
         timeout=timeout,
         check=False,
     )
+
+
+class Command:
+    """A `sweep` command that runs, with what it has printed; use as a context."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.process = subprocess.Popen(
+            command(*arguments),
+            cwd=cwd,
+            env=environment() | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    @property
+    def output(self) -> str:
+        with self._changed:
+            return "\n".join(self._lines)
+
+    def line(self, text: str) -> str:
+        """Wait for a line that holds a text."""
+
+        def found() -> list[str]:
+            return [line for line in self._lines if text in line]
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: found() or not self._reader.is_alive(), 120), (
+                f"{text!r} did not come: {self._lines}"
+            )
+            assert found(), f"ended without {text!r}: {self._lines}"
+            return found()[0]
+
+    def end(self) -> int:
+        """Wait for its exit status."""
+        code = self.process.wait(120)
+        self._reader.join(30)
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self._lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Ask until the answer is yes."""
+    asked = threading.Event()
+    for _ in range(2400):
+        if true():
+            return
+        asked.wait(0.05)
+    raise AssertionError("it did not become true within two minutes")
 
 
 def environment() -> dict[str, str]:
