@@ -117,6 +117,8 @@ def check_url(url: str) -> URL:
     if "://" not in url:
         path = Path(url).expanduser().absolute()
         raise StorageError(f"{url!r} is not a storage URL; for a file write sqlite:///{path}")
+    if is_grpc(url):
+        grpc_address(url)
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
@@ -131,8 +133,6 @@ def check_url(url: str) -> URL:
                 "an in-memory database; write sqlite:///FILE"
             )
         _check_file(file)
-    if is_grpc(url):
-        grpc_address(url)
     return parsed
 
 

@@ -2,8 +2,8 @@
 
 Two services share one channel: Optuna's own storage proxy, for everything that Optuna does, and
 ``sweep.Claims``, which runs the transactions of :class:`storage.trial_table.TrialTable` on the
-server. A request of the latter is a JSON object, its answer a JSON list of one value. The channel is neither encrypted nor
-authenticated.
+server. A request of the latter is a JSON object, its answer a JSON list of one value. The
+channel is neither encrypted nor authenticated.
 
 A call that gets no answer fails with :class:`ProxyError` instead of hanging: on a dead server
 after :data:`CALL_SECONDS`, on a dead network after the keepalive's time-out. It may be repeated:

@@ -289,7 +289,10 @@ class TrialQueue:
         )
 
     def release(self, claim: Claim) -> bool:
-        """Put the trial back into the queue, as it is; False if it is not held any more."""
+        """Put the trial back into the queue, as it is; False if it is not held any more.
+
+        Repeating the call that has succeeded returns True, until somebody claims the trial.
+        """
         self._forget(claim)
         return with_retries(lambda: self._release(claim))
 
