@@ -164,12 +164,9 @@ class _Claims:
             "candidates": self._candidates,
             "unfinished": lambda studies: self._table.unfinished(_pairs(studies)),
             "read": self._read,
-            "take": self._table.take,
-            "create": self._table.create,
             "requeue": self._requeue,
             "finish": self._finish,
-            "forget_steps": self._table.forget_steps,
-            "beat": self._table.beat,
+            **{name: self._as_it_is(name) for name in ("take", "create", "forget_steps", "beat")},
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(_unary(operation), json.loads, _to_json)
@@ -179,6 +176,10 @@ class _Claims:
             self._exclusive, json.loads, _to_json
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def _as_it_is(self, name: str) -> Callable[..., Any]:
+        """Return an operation whose arguments and result are JSON already."""
+        return lambda **arguments: getattr(self._table, name)(**arguments)
 
     def _hello(self) -> dict[str, Any]:
         return {

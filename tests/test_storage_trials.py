@@ -55,14 +55,14 @@ def postgres_server() -> Iterator[Any]:
         connection.execute(text("SELECT pg_reload_conf()"))
     admin.dispose()
     yield server
-    stop_postgres(server)
+    stop_postgres(server, signal.SIGQUIT)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def stop_postgres(server: Any) -> None:
-    """End it at once, without writing anything back."""
+def stop_postgres(server: Any, number: signal.Signals) -> None:
+    """End it: with SIGINT as a restart does, with SIGQUIT without writing anything back."""
     process = server.get_postmaster_info().process
-    os.kill(server.get_pid(), signal.SIGQUIT)
+    os.kill(server.get_pid(), number)
     process.wait(30)
 
 
@@ -800,7 +800,7 @@ def test_worker_outlives_a_restart_of_its_database(
     study_id = store.get_study_id_from_name("tiny")
     with Command("worker", "tiny", "--storage", url, "--threads", "1", cwd=tmp_path) as worker:
         wait_until(lambda: any((t.last_step or 0) >= 2 for t in store.get_all_trials(study_id)))
-        stop_postgres(postgres_server)
+        stop_postgres(postgres_server, signal.SIGINT)
         try:
             worker.line("does not answer")
         finally:
