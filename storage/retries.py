@@ -27,7 +27,7 @@ RETRY_SECONDS = 600.0
 ANNOUNCE_SECONDS = 3.0
 """An outage is spoken of from this age on: a lock that others hold for a moment is none."""
 
-STOP_SECONDS = 3.0
+STOP_SECONDS = 2.0
 """How long a store that does not answer is waited for once this process was asked to stop."""
 
 _LONGEST_DELAY = 5.0
