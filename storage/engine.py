@@ -5,7 +5,8 @@ workers can both find a trial waiting and both run it, and processes that create
 file crash each other. :func:`open_storage` creates a file under a lock beside it, turns on
 write-ahead logging, and starts every transaction of a worker as a writer (``BEGIN IMMEDIATE``),
 which makes each of Optuna's operations atomic. One machine owns a SQLite file at a time, on a
-local disk; for workers on several machines use PostgreSQL.
+local disk; workers on several machines use PostgreSQL, or reach the file through `sweep serve`
+(:mod:`storage.serve`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage, RDBStorage
@@ -31,6 +33,14 @@ READ_ONLY_OPTION = "sweep_read_only"
 """Connection execution option: this transaction reads, so it must not take the write lock."""
 
 _CREATE_ATTEMPTS = 12
+# Seconds, but for the last, in milliseconds.
+_LIBPQ_LIMITS = {
+    "connect_timeout": 8,
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 _ADVISORY_KEY = 0x5357_4545_50  # "SWEEP"
 
 
@@ -61,29 +71,38 @@ def sqlite_path(url: str) -> Path | None:
     return Path(parsed.database).absolute()
 
 
-def open_storage(url: str, *, read_only: bool = False) -> BaseStorage:
+def open_storage(
+    url: str, *, read_only: bool = False, lock_seconds: float | None = None
+) -> BaseStorage:
     """Open the storage at ``url``, creating the database if it does not exist yet.
 
     Safe to call from any number of processes at once, also for a database that does not exist.
 
     Args:
         url: ``sqlite:///file.db``, ``postgresql+psycopg://user@host/name``, another SQLAlchemy
-            URL that Optuna supports, or ``grpc://host:port`` for an Optuna gRPC proxy.
+            URL that Optuna supports, or ``grpc://host:port`` for one that `sweep serve` serves.
         read_only: for status displays. Never creates anything; on SQLite it never takes the
             write lock either, so it cannot hold up a worker nor be held up by one.
+        lock_seconds: how long one SQLite operation waits for other processes; None is
+            :data:`LOCK_TIMEOUT_SECONDS`. Short where failures are retried anyway: no signal
+            is handled during the wait.
 
     Raises:
-        StorageError: the URL is not usable, the database is missing (``read_only``), is locked
-            for longer than :data:`LOCK_TIMEOUT_SECONDS`, belongs to another program or to
-            another version of Optuna, or its driver is not installed.
+        StorageError: the URL is not usable, nobody serves it, the database is missing
+            (``read_only``), is locked for longer than :data:`LOCK_TIMEOUT_SECONDS`, belongs to
+            another program or to another version of Optuna, or its driver is not installed.
     """
-    if url.startswith("grpc://"):
-        return _open_grpc(url)
     parsed = check_url(url)
+    if is_grpc(url):
+        from storage.remote import open_remote
+
+        return open_remote(url, read_only=read_only)
     file = sqlite_path(url)
     if file is None:
         return _open_server(parsed, read_only=read_only)
-    return _open_sqlite_read_only(file) if read_only else _open_sqlite(file, parsed)
+    if read_only:
+        return _open_sqlite_read_only(file)
+    return _open_sqlite(file, parsed, lock_seconds or LOCK_TIMEOUT_SECONDS)
 
 
 def check_url(url: str) -> URL:
@@ -98,6 +117,8 @@ def check_url(url: str) -> URL:
     if "://" not in url:
         path = Path(url).expanduser().absolute()
         raise StorageError(f"{url!r} is not a storage URL; for a file write sqlite:///{path}")
+    if is_grpc(url):
+        grpc_address(url)
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
@@ -115,12 +136,46 @@ def check_url(url: str) -> URL:
     return parsed
 
 
+def is_grpc(url: str) -> bool:
+    """Whether a URL is that of a store that another process serves."""
+    return url.startswith("grpc://")
+
+
+def grpc_address(url: str) -> tuple[str, int]:
+    """Return host and port of a ``grpc://HOST:PORT`` URL.
+
+    Raises:
+        StorageError: it is not of that form, or gRPC is not installed.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or parts.path not in ("", "/"):
+        raise StorageError(f"{url!r} is not the address of a server; write grpc://HOST:PORT")
+    require_grpc(url)
+    return host, port
+
+
+def require_grpc(purpose: str) -> None:
+    """Refuse to go on without the packages of the extra ``grpc``.
+
+    Raises:
+        StorageError: they are not installed.
+    """
+    for name in ("grpc", "google", "google.protobuf"):
+        if find_spec(name) is None:
+            raise StorageError(f"{purpose} needs gRPC; run pip install grpcio protobuf")
+
+
 @contextmanager
 def exclusive(storage: BaseStorage, url: str) -> Iterator[None]:
     """Keep other processes out of a block that creates studies.
 
-    A lock file beside a SQLite database; an advisory lock of the server on PostgreSQL. On other
-    databases nothing keeps two creations of the same sweep apart.
+    A lock file beside a SQLite database; an advisory lock of the server on PostgreSQL; through
+    `sweep serve`, that lock of the database behind it. On other databases nothing keeps two
+    creations of the same sweep apart.
 
     Args:
         storage: the open storage.
@@ -132,6 +187,9 @@ def exclusive(storage: BaseStorage, url: str) -> Iterator[None]:
     file = sqlite_path(url)
     if file is not None:
         with FileLock(f"{file}.lock"):
+            yield
+    elif is_grpc(url):
+        with storage.exclusive():  # type: ignore[attr-defined]  # storage.remote.RemoteStorage
             yield
     elif sql_engine(storage).dialect.name == "postgresql":
         with sql_engine(storage).connect() as connection:
@@ -156,6 +214,8 @@ def close_storage(storage: BaseStorage, url: str) -> None:
     if isinstance(backend, RDBStorage):
         backend.remove_session()
         backend.engine.dispose()
+    elif is_grpc(url):
+        backend.close()  # type: ignore[union-attr]  # storage.remote.RemoteStorage
     file = sqlite_path(url)
     if file is not None:
         try:
@@ -163,6 +223,15 @@ def close_storage(storage: BaseStorage, url: str) -> None:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error:
             return  # others still work on it; the last of them to leave does this
+
+
+def own_url(storage: BaseStorage, url: str) -> str:
+    """Return a URL that names a store by itself, whatever address it is reached at.
+
+    For what is kept beside it: two stores that are reached through ``grpc://localhost:13000``,
+    one after the other, are two.
+    """
+    return f"grpc://{storage.store_id}" if is_grpc(url) else url  # type: ignore[attr-defined]
 
 
 def sql_engine(storage: BaseStorage) -> Engine:
@@ -178,7 +247,8 @@ def sql_engine(storage: BaseStorage) -> Engine:
     if not isinstance(backend, RDBStorage):
         raise StorageError(
             f"workers cannot claim trials through {type(backend).__name__}; "
-            "give them the URL of the database itself (sqlite:/// or postgresql+psycopg://)"
+            "give them the URL of the database itself (sqlite:/// or postgresql+psycopg://), or "
+            "run sweep serve beside it and give them grpc://HOST:PORT"
         )
     return backend.engine
 
@@ -186,7 +256,7 @@ def sql_engine(storage: BaseStorage) -> Engine:
 # --- SQLite -------------------------------------------------------------------------------------
 
 
-def _open_sqlite(file: Path, url: URL) -> BaseStorage:
+def _open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
     from filelock import FileLock, Timeout
     from optuna.storages import get_storage
     from sqlalchemy import event
@@ -198,7 +268,7 @@ def _open_sqlite(file: Path, url: URL) -> BaseStorage:
             _prepare_file(file)
             storage = _rdb_storage(
                 url.set(database=str(file)).render_as_string(hide_password=False),
-                {"connect_args": {"timeout": LOCK_TIMEOUT_SECONDS, "isolation_level": None}},
+                {"connect_args": {"timeout": lock_seconds, "isolation_level": None}},
                 place=str(file),
             )
     except Timeout as error:
@@ -344,6 +414,10 @@ def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
     from optuna.storages import get_storage
 
     options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
+        # Nobody waits for ever for a machine that is gone.
+        args = {k: v for k, v in _LIBPQ_LIMITS.items() if k not in url.query}
+        options["connect_args"] = args
     if read_only and url.get_backend_name() == "postgresql":
         options["execution_options"] = {"postgresql_readonly": True}
     text = url.render_as_string(hide_password=False)
@@ -415,21 +489,3 @@ def _missing_driver(url: str) -> str:
     if scheme.startswith(("mysql", "mariadb")):
         return f"no driver for {scheme}; run pip install pymysql and write mysql+pymysql://…"
     return f"no driver for {scheme}; use sqlite:///FILE or postgresql+psycopg://…"
-
-
-def _open_grpc(url: str) -> BaseStorage:
-    from importlib.util import find_spec
-    from urllib.parse import urlsplit
-
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if not host or not port or parts.path not in ("", "/"):
-        raise StorageError(f"{url!r} is not a proxy address; write grpc://HOST:PORT")
-    if find_spec("grpc") is None:
-        raise StorageError(f"{url} needs gRPC; run pip install grpcio protobuf")
-    from optuna.storages import GrpcStorageProxy
-
-    return GrpcStorageProxy(host=host, port=port)

@@ -60,7 +60,9 @@ def _options(
 Storage = Annotated[
     str,
     typer.Option(
-        "--storage", envvar="SWEEP_STORAGE", help="The store: SQLAlchemy URL of a database."
+        "--storage",
+        envvar="SWEEP_STORAGE",
+        help="The store: SQLAlchemy URL of a database, or grpc://HOST:PORT of sweep serve.",
     ),
 ]
 DataDir = Annotated[
@@ -216,6 +218,18 @@ def import_(
         typer.echo(line, err=True)
 
     typer.echo(import_sweep(file, storage_url, merge=merge, rename=name, say=say))
+
+
+@app.command(rich_help_panel="Run")
+def serve(
+    storage_url: Storage = DEFAULT_STORAGE,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 13000,
+) -> None:
+    """Let workers on other machines reach the store, as grpc://HOST:PORT."""
+    from sweeps.serve import run_server
+
+    raise typer.Exit(run_server(storage_url, host, port, typer.echo))
 
 
 @app.command("list", rich_help_panel="Look")
@@ -375,7 +389,7 @@ def main() -> None:
         names = {cls.__name__ for cls in type(error).__mro__}
         if names & {"StorageError", "DataError", "CheckpointError"}:
             _fail(error, 1)
-        if names & {"SQLAlchemyError", "StorageInternalError"}:
+        if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
             _fail(f"the database failed: {str(error).splitlines()[0]}", 1)
         raise
     sys.exit(code if isinstance(code, int) else 0)

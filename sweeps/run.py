@@ -7,7 +7,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,13 @@ from storage.engine import (
     check_url,
     close_storage,
     exclusive,
+    is_grpc,
     open_storage,
+    own_url,
     sqlite_path,
 )
-from storage.trials import TrialQueue, with_retries
+from storage.retries import StopRequestedError, is_transient, patience, reason, with_retries
+from storage.trials import TrialQueue
 from sweeps import search
 from sweeps.config import Value
 from sweeps.edits import Edit
@@ -45,6 +48,10 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 POLL_SECONDS = 0.5
+
+LOCK_SECONDS = 2.0
+"""How long one operation of a worker waits on a SQLite file that others hold, before it is tried
+again: no signal is handled during the wait."""
 
 
 def run_sweep(
@@ -81,8 +88,13 @@ def run_sweep(
         return _done_code(done, err)
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
-    with exclusive(store, storage_url):
-        changed = create_or_resume(store, spec, fingerprints, add_trials=add_trials)
+
+    def create() -> list[Edit]:
+        with exclusive(store, storage_url):
+            return create_or_resume(store, spec, fingerprints, add_trials=add_trials)
+
+    with patience(_place(storage_url)):
+        changed = with_retries(create)
     _print_edits(changed, spec.name, err)
     watcher = open_storage(storage_url, read_only=True)
 
@@ -99,7 +111,16 @@ def run_sweep(
     code = 0
     stops_before = stops(watcher, stored_sweep(watcher, spec.name))
     if not status.done:
-        code = _run_workers(spec.name, store, storage_url, data_dir, slots, read, err, stops_before)
+        try:
+            code = _run_workers(
+                spec.name, store, storage_url, data_dir, slots, read, err, stops_before
+            )
+        except StopRequestedError as stopping:
+            err.print(
+                f"sweep: {stopping}; what runs goes on at the next start",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+            return 130
     status = read()
     stopped = stops(watcher, stored_sweep(watcher, spec.name)) != stops_before
     close_storage(watcher, storage_url)
@@ -124,11 +145,14 @@ def _done_code(status: SweepStatus, err: Console) -> int:
 def _already_done(spec: SweepSpec, storage_url: str) -> SweepStatus | None:
     """The state of a sweep that has nothing left to run: it is answered without its images."""
     file = sqlite_path(storage_url)
-    if file is None or not file.exists():
+    served = is_grpc(storage_url)
+    if not served and (file is None or not file.exists()):
         return None
     try:
         store = open_storage(storage_url, read_only=True)
     except StorageError:
+        if served:
+            raise  # before the data set is loaded
         return None  # nothing there yet, or a fault that opening it to write explains better
     try:
         if spec.name not in stored_names(store):
@@ -160,15 +184,21 @@ def _run_workers(
         command += ["--data-dir", str(data_dir)]
     # Not as an argument, which every user of the machine could read: it may hold a password.
     variables = {"SWEEP_STORAGE": storage_url}
-    try:
-        with _signals() as signals, open_view(err) as view:
-            with LocalWorkers(slots, command, variables, view.say) as processes:
-                codes = _supervise(processes, signals, lambda: view.update(read()), view.say)
-            view.update(read())
-    finally:
-        # Workers that were ended by force have left their trials RUNNING.
-        study_ids = [study.study_id for study in stored_sweep(store, name).studies]
-        TrialQueue(store, worker_id=new_worker_id("start")).requeue_abandoned(study_ids)
+    with _signals() as signals, _patience(storage_url, signals):
+        try:
+            with open_view(err) as view:
+
+                def update() -> None:
+                    # Nobody waits for the view: the workers say that the store is away.
+                    with suppress(StopRequestedError):
+                        view.update(read())
+
+                with LocalWorkers(slots, command, variables, view.say) as processes:
+                    codes = _supervise(processes, signals, update, view.say)
+                update()
+        finally:
+            # Workers that were ended by force have left their trials RUNNING.
+            with_retries(lambda: _requeue(store, name))
     if signals.received:
         return 130
     stored = stored_sweep(store, name)
@@ -179,6 +209,20 @@ def _run_workers(
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     return 1
+
+
+def _patience(storage_url: str, signals: _Signals) -> AbstractContextManager[None]:
+    """Wait for the store until a signal comes, quietly: every worker says when it is away."""
+    return patience(_place(storage_url), lambda: bool(signals.received), quiet=True)
+
+
+def _place(storage_url: str) -> str:
+    return f"the store at {shown_url(storage_url)}"
+
+
+def _requeue(store: BaseStorage, name: str) -> None:
+    study_ids = [study.study_id for study in stored_sweep(store, name).studies]
+    TrialQueue(store, worker_id=new_worker_id("start")).requeue_abandoned(study_ids)
 
 
 def run_worker(
@@ -201,16 +245,27 @@ def run_worker(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen = _device(device)
     prepare_process(chosen, threads or torch.get_num_threads())
-    store = open_storage(storage_url)
-    stored_sweep(store, name)
+    store = open_storage(storage_url, lock_seconds=LOCK_SECONDS)
     options = WorkerOptions(
         worker_id=new_worker_id(str(chosen)),
         device=chosen,
         lease_seconds=lease_seconds,
         data_dir=data_dir,
     )
-    checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
-    Worker(store, checkpoints, name, options, stop).run()
+    checkpoints = CheckpointStore(default_checkpoint_dir(own_url(store, storage_url)))
+    with patience(_place(storage_url), stop.is_set):
+        try:
+            Worker(store, checkpoints, name, options, stop).run()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            raise SweepError(
+                f"{_place(storage_url)} does not answer ({reason(error)}); when it does, start "
+                "this worker again"
+            ) from error
+        finally:
+            if is_grpc(storage_url):
+                close_storage(store, storage_url)
 
 
 def stop_sweep(name: str, storage_url: str, *, wait: float, err: Console) -> int:

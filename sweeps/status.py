@@ -174,7 +174,7 @@ def _read_study(store: BaseStorage, spec: SweepSpec, study: SweepStudy) -> Study
 
 
 def _read_trial(trial: FrozenTrial) -> TrialStatus:
-    from storage.trials import LEASE_ATTR
+    from storage.leases import LEASE_ATTR
 
     state = trial.state.name
     ended = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}

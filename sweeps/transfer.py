@@ -34,7 +34,9 @@ from storage.engine import (
     sql_engine,
     sqlite_path,
 )
-from storage.trials import LEASE_ATTR, TrialQueue, with_retries
+from storage.leases import LEASE_ATTR
+from storage.retries import with_retries
+from storage.trials import TrialQueue
 from sweeps.edits import decisive_changes
 from sweeps.errors import SpecError, SweepError
 from sweeps.limits import SESSION, is_span

@@ -29,7 +29,8 @@ from optuna.trial import TrialState
 
 from data.sources import DataError
 from storage.checkpoints import CheckpointError, CheckpointStore
-from storage.trials import Claim, LeaseLostError, TrialQueue, with_retries
+from storage.retries import StopRequestedError, is_transient, with_retries
+from storage.trials import Claim, LeaseLostError, TrialQueue
 from sweeps import search
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
@@ -150,11 +151,20 @@ class Worker:
     def run(self) -> None:
         """Pull trials until a budget is met, `stop` is set, or the sweep is told to stop.
 
+        A store that does not answer is waited for. If `stop` is set during the wait, the trial
+        stays as it is, under a lease that nobody renews.
+
         Raises:
             SweepError: the sweep is not in the store, its data set is another one here, or
                 trial after trial fails alike.
             DataError: the data set is missing or broken.
         """
+        try:
+            self._pull()
+        except StopRequestedError as stopped:
+            logger.warning("%s; a trial left running goes to another worker", stopped)
+
+    def _pull(self) -> None:
         sweep = with_retries(lambda: stored_sweep(self._store, self._name))
         self._session = Session(self._store, sweep, self._options.worker_id)
         self._stops = with_retries(lambda: stops(self._store, sweep))
@@ -201,15 +211,15 @@ class Worker:
             beat = time.monotonic()
             while not done.wait(min(SIGN_SECONDS, between_beats)):
                 try:
-                    self._look_for_request(sweep)
                     if self._stop.is_set():
                         self._end_in_time(claim, done)
+                    self._look_for_request(sweep)
                     if time.monotonic() >= beat + between_beats:
                         beat = time.monotonic()
                         self._queue.renew(claim)
                         with_retries(session.record)
                 except Exception as error:
-                    if not isinstance(error, LeaseLostError):
+                    if not isinstance(error, LeaseLostError | StopRequestedError):
                         logger.error("cannot renew the lease: %s", _first_line(error))
                     lost.set()
                     return
@@ -221,7 +231,8 @@ class Worker:
         finally:
             done.set()
             thread.join()
-            with_retries(session.record)
+            with contextlib.suppress(StopRequestedError):
+                with_retries(session.record)
 
     def _end_in_time(self, claim: Claim, done: threading.Event) -> None:
         """Wait for the running update; end the process if it takes too long.
@@ -270,11 +281,15 @@ class Worker:
         except Interrupted:
             self._queue.release(claim)
             return
+        except StopRequestedError:
+            raise
         except (SweepError, DataError, CheckpointError):
             # Not the trial's fault: no other would fare better here.
             self._queue.release(claim)
             raise
         except Exception as error:
+            if is_transient(error):
+                raise  # The store stayed away: neither the trial's fault nor to be told there.
             if _breaks_device(error):
                 self._queue.release(claim)
                 raise SweepError(f"the device failed: {_first_line(error)}") from error
@@ -332,8 +347,9 @@ class Worker:
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, TrialConfig]:
         """Suggest the trial's settings; tell its provenance."""
-        trial = self._trial(sweep, study, claim)
-        params = with_retries(lambda: search.suggest(trial, sweep.spec.search))
+        # A trial anew for each try: of a suggestion whose answer was lost, the store has the
+        # value, and this sampler would draw another.
+        trial, params = with_retries(lambda: self._suggested(sweep, study, claim))
         try:
             config = sweep.spec.config(study.cell, params)
         except SpecError as error:
@@ -343,6 +359,12 @@ class Worker:
             lambda: self._store.set_trial_system_attr(claim.trial_id, PROVENANCE, provenance)
         )
         return trial, config
+
+    def _suggested(
+        self, sweep: StoredSweep, study: SweepStudy, claim: Claim
+    ) -> tuple[optuna.Trial, dict[str, Value]]:
+        trial = self._trial(sweep, study, claim)
+        return trial, search.suggest(trial, sweep.spec.search)
 
     def _trial(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> optuna.Trial:
         optuna_study = with_retries(

@@ -1,10 +1,14 @@
-"""A sweep small enough for tests, on real images, and the command that runs it."""
+"""A sweep small enough for tests, on real images, the command that runs it, and processes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,12 @@ from sweeps.config import TrialConfig
 from sweeps.spec import SweepSpec
 from sweeps.studies import create_or_resume
 from sweeps.worker import StopRequest, Worker, WorkerOptions
+
+PROCESSES = multiprocessing.get_context("forkserver")
+# What every child would import again. One server of forks serves all test modules of a run.
+PROCESSES.set_forkserver_preload(
+    ["alembic.command", "filelock", "helpers", "optuna.storages._rdb.models", "pytest"]
+)
 
 TRAIN: dict[str, Any] = {
     "dataset": "digits", "validation_fraction": 0.2, "augment": "none", "model": "resnet8",
@@ -55,7 +65,12 @@ def write_spec(path: Path, **changes: Any) -> Path:
 
 def begin(tmp_path: Path, spec: SweepSpec) -> BaseStorage:
     """Create a sweep's studies in a fresh store, as `sweep start` does before its workers."""
-    store = open_storage(url(tmp_path))
+    return begin_at(url(tmp_path), spec)
+
+
+def begin_at(storage_url: str, spec: SweepSpec) -> BaseStorage:
+    """The same in any store."""
+    store = open_storage(storage_url)
     dataset = objective.open_dataset(TrialConfig.build(TRAIN), None)
     create_or_resume(store, spec, [dataset.fingerprint] * len(spec.cells))
     return store
@@ -112,6 +127,105 @@ def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.Complete
     )
 
 
+class Command:
+    """A `sweep` command that runs, with what it has printed; use as a context."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.process = subprocess.Popen(
+            command(*arguments),
+            cwd=cwd,
+            env=environment() | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    @property
+    def output(self) -> str:
+        with self._changed:
+            return "\n".join(self._lines)
+
+    def line(self, text: str) -> str:
+        """Wait for a line that holds a text."""
+
+        def found() -> list[str]:
+            return [line for line in self._lines if text in line]
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: found() or not self._reader.is_alive(), 120), (
+                f"{text!r} did not come: {self._lines}"
+            )
+            assert found(), f"ended without {text!r}: {self._lines}"
+            return found()[0]
+
+    def end(self) -> int:
+        """Wait for its exit status."""
+        code = self.process.wait(120)
+        self._reader.join(30)
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self._lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Ask until the answer is yes."""
+    asked = threading.Event()
+    for _ in range(2400):
+        if true():
+            return
+        asked.wait(0.05)
+    raise AssertionError("it did not become true within two minutes")
+
+
 def environment() -> dict[str, str]:
     """Ours, without what would redirect a sweep."""
     return {k: v for k, v in os.environ.items() if not k.startswith("SWEEP_")}
+
+
+def _child(function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any, start: Any) -> None:
+    start.wait(60)
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+
+
+def together(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Run each call in a process of its own, all let go at one moment; return the results."""
+    start = PROCESSES.Barrier(len(calls))
+    running = []
+    for arguments in calls:
+        here, there = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=_child, args=(function, arguments, there, start))
+        process.start()
+        there.close()
+        running.append((process, here))
+    results = []
+    for process, pipe in running:
+        assert pipe.poll(90), "a process hangs"
+        results.append(pipe.recv())
+        process.join(30)
+    errors = [result for good, result in results if not good]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in results]

@@ -29,7 +29,8 @@ from test_storage_trials import postgres  # noqa: F401  (a fixture)
 from storage.archive_rows import StudyRows, StudyTables
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 from storage.engine import StorageError, open_storage, sql_engine
-from storage.trials import LEASE_ATTR, TrialQueue
+from storage.leases import LEASE_ATTR
+from storage.trials import TrialQueue
 from sweeps import search
 from sweeps.cli import main
 from sweeps.errors import SpecError, SweepError

@@ -15,7 +15,7 @@ import pytest
 from helpers import command, environment, run, trials, write_spec
 from optuna.trial import TrialState
 
-from storage.trials import LEASE_ATTR
+from storage.leases import LEASE_ATTR
 
 EPOCHS = 60
 LONG: dict[str, Any] = {"train": {"epochs": EPOCHS}, "budget": {"trials": 3}}

