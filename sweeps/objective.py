@@ -238,6 +238,10 @@ class Objective:
                 settings,
                 _federated_settings(config),
                 num_devices=config.num_devices,
+                devices_per_round=config.devices_per_round,
+                image_counts=[len(shard) for shard in prepared.shards]
+                if config.average_weights == "images"
+                else None,
                 autocast_dtype=dtype,
             )
         updates = batches.updates_per_epoch

@@ -43,6 +43,21 @@ def make_batches(updates: int, seed: int = 1) -> list[Local]:
     return made
 
 
+ALL, COUNTS = 5, [40, 7, 13, 100, 28]
+"""Devices of which some take part, and the images that they hold."""
+
+
+def make_partial_batches(rounds: int, local_steps: int) -> list[Local]:
+    """Batches of three of five devices, the same ones from one average to the next."""
+    generator = torch.Generator().manual_seed(4)
+    batches = make_batches(rounds * local_steps)
+    for start in range(0, len(batches), local_steps):
+        ids = torch.randperm(ALL, generator=generator)[:D].sort().values
+        for u in range(start, start + local_steps):
+            batches[u] = replace(batches[u], blocks=((ids, PER_DEVICE),))
+    return batches
+
+
 def make_model(norm: str, num_devices: int = D) -> nn.Module:
     model = build_model(
         "resnet8", norm=norm, num_classes=CLASSES, image_size=8, width_factor=0.25, num_groups=2,
@@ -52,10 +67,18 @@ def make_model(norm: str, num_devices: int = D) -> nn.Module:
 
 
 def make_algorithm(
-    norm: str, settings: SGDSettings, rules: FederatedSettings
+    norm: str,
+    settings: SGDSettings,
+    rules: FederatedSettings,
+    num_devices: int = D,
+    image_counts: list[int] | None = None,
 ) -> FederatedAveraging:
-    model = make_model(norm)
-    return FederatedAveraging(model, parameter_groups(model), settings, rules, num_devices=D)
+    """D devices a round, of `num_devices`."""
+    model = make_model(norm, num_devices)
+    return FederatedAveraging(
+        model, parameter_groups(model), settings, rules, num_devices=num_devices,
+        devices_per_round=D, image_counts=image_counts,
+    )  # fmt: skip
 
 
 def learning_rate(update: int) -> float:
@@ -65,8 +88,12 @@ def learning_rate(update: int) -> float:
 Weights = dict[str, Tensor]
 
 
-def mean_over_devices(weights: list[Weights]) -> Weights:
-    return {name: sum(w[name] for w in weights) / len(weights) for name in weights[0]}  # type: ignore[misc]
+def mean_over_devices(weights: list[Weights], shares: list[float] | None = None) -> Weights:
+    of_each = shares or [1 / len(weights)] * len(weights)
+    return {
+        name: sum(share * w[name] for share, w in zip(of_each, weights, strict=True))  # type: ignore[misc]
+        for name in weights[0]
+    }
 
 
 def slow_reference(
@@ -77,26 +104,32 @@ def slow_reference(
     *,
     literal_option_two: bool = False,
     constant_lr: float | None = None,
+    num_devices: int = D,
+    image_counts: list[int] | None = None,
 ) -> tuple[Weights, list[float]]:
-    """D models, 2 D optimizers, a loop: the papers' algorithms, written for reading.
+    """Separate models and optimizers in a loop: the papers' algorithms, written for reading.
 
     Returns:
-        The mean of the devices' weights and buffers after the last update, and the losses.
+        The participants' weights after the last update, averaged, with the mean of all devices'
+        buffers; and the losses.
     """
-    devices = [make_model(norm, num_devices=1) for _ in range(D)]
-    optimizers = []
+    devices = [make_model(norm, num_devices=1) for _ in range(num_devices)]
+    # Of each device one optimizer for the group "weights" and one for "scalars".
+    optimizers: list[list[torch.optim.SGD]] = []
     for model in devices:
         groups = parameter_groups(model)
-        factor = settings.scalar_lr_factor
-        for name, lr_factor in (("weights", 1.0), ("scalars", factor)):
-            decays = name == "weights" or settings.decay_scalars
-            optimizer = torch.optim.SGD(
-                groups[name],
-                lr=0.0,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay if decays else 0.0,
-            )
-            optimizers.append((model, optimizer, lr_factor))
+        decays = {"weights": True, "scalars": settings.decay_scalars}
+        optimizers.append(
+            [
+                torch.optim.SGD(
+                    groups[name],
+                    lr=0.0,
+                    momentum=settings.momentum,
+                    weight_decay=settings.weight_decay if decays[name] else 0.0,
+                )
+                for name in ("weights", "scalars")
+            ]
+        )
     start = {name: p.detach().clone() for name, p in devices[0].named_parameters()}
     zero = {name: torch.zeros_like(p) for name, p in start.items()}
     velocity, m = copy.deepcopy(zero), copy.deepcopy(zero)
@@ -105,12 +138,20 @@ def slow_reference(
     c_device = [copy.deepcopy(zero) for _ in devices]
     gradients_seen = [copy.deepcopy(zero) for _ in devices]
     losses = []
+    who = list(range(num_devices))
     for update, batch in enumerate(batches):
         lr = learning_rate(update) if constant_lr is None else constant_lr
+        ids = batch.blocks[0][0]
+        if update % rules.local_steps == 0 and ids is not None:
+            who = ids.tolist()
+        shares = [1 / len(who)] * len(who)
+        if image_counts is not None:
+            shares = [image_counts[d] / sum(image_counts[k] for k in who) for d in who]
         device_losses = []
-        for d, model in enumerate(devices):
+        for place, d in enumerate(who):
+            model = devices[d]
             model.zero_grad()
-            images, labels = batch.images[d::D], batch.labels[d::D]
+            images, labels = batch.images[place :: len(who)], batch.labels[place :: len(who)]
             loss = F.cross_entropy(model(images, ((None, PER_DEVICE),)), labels)
             loss.backward()
             device_losses.append(loss.item())
@@ -119,30 +160,39 @@ def slow_reference(
             for name, p in model.named_parameters():
                 assert p.grad is not None
                 p.grad += rules.proximal_mu * (p.detach() - start[name])
-                decays = p.ndim > 1 or settings.decay_scalars
-                decay = settings.weight_decay * p.detach() if decays else 0.0
+                decays_p = p.ndim > 1 or settings.decay_scalars
+                decay = settings.weight_decay * p.detach() if decays_p else 0.0
                 gradients_seen[d][name] += p.grad + decay
                 if rules.control_variates:
                     p.grad += c[name] - c_device[d][name]
-        for _, optimizer, lr_factor in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * lr_factor
-            optimizer.step()
-        losses.append(sum(device_losses) / D)
+            for optimizer, factor in zip(
+                optimizers[d], (1.0, settings.scalar_lr_factor), strict=True
+            ):
+                optimizer.param_groups[0]["lr"] = lr * factor
+                optimizer.step()
+        losses.append(sum(device_losses) / len(who))
+        ends = [
+            {name: p.detach().clone() for name, p in devices[d].named_parameters()} for d in who
+        ]
+        mean = mean_over_devices(ends, shares)
         if (update + 1) % rules.local_steps:
             continue
-        ends = [
-            {name: p.detach().clone() for name, p in model.named_parameters()} for model in devices
-        ]
-        change = {name: mean - start[name] for name, mean in mean_over_devices(ends).items()}
+        change = {name: mean[name] - start[name] for name in start}
         if rules.control_variates:
-            for d in range(D):
-                for name in start:
-                    if literal_option_two:
-                        drift = (start[name] - ends[d][name]) / (rules.local_steps * lr)
-                        c_device[d][name] = c_device[d][name] - c[name] + drift
-                    else:
-                        c_device[d][name] = gradients_seen[d][name] / rules.local_steps
-            c = mean_over_devices(c_device)
+            variate_changes = []
+            for d, end in zip(who, ends, strict=True):
+                before = c_device[d]
+                c_device[d] = {
+                    name: before[name]
+                    - c[name]
+                    + (start[name] - end[name]) / rules.local_steps / lr
+                    if literal_option_two
+                    else gradients_seen[d][name] / rules.local_steps
+                    for name in start
+                }
+                variate_changes.append({n: c_device[d][n] - before[n] for n in start})
+            moved = mean_over_devices(variate_changes)
+            c = {name: c[name] + len(who) / num_devices * moved[name] for name in start}
         gradients_seen = [copy.deepcopy(zero) for _ in devices]
         for name in start:
             if rules.server_optimizer == "adam":
@@ -154,22 +204,32 @@ def slow_reference(
             else:
                 velocity[name] = rules.server_momentum * velocity[name] - change[name]
                 start[name] = start[name] - rules.server_lr * velocity[name]
-        buffers = mean_over_devices([dict(model.named_buffers()) for model in devices])
+        mean = start
         for model in devices:
-            model.load_state_dict({**start, **buffers})
-        for of_one_group in (optimizers[0::2], optimizers[1::2]):
-            for parameters in zip(
-                *(o.param_groups[0]["params"] for _, o, _ in of_one_group), strict=True
-            ):
-                states = [o.state[p] for (_, o, _), p in zip(of_one_group, parameters, strict=True)]
-                if settings.momentum and rules.local_momentum == "average":
-                    mean = sum(s["momentum_buffer"] for s in states) / D
-                    for s in states:
-                        s["momentum_buffer"] = mean.clone()
-                elif settings.momentum and rules.local_momentum == "reset":
-                    for s in states:
-                        del s["momentum_buffer"]
-    return mean_over_devices([model.state_dict() for model in devices]), losses
+            model.load_state_dict(start, strict=False)
+        if len(who) == num_devices:
+            buffers = mean_over_devices([dict(model.named_buffers()) for model in devices])
+            for model in devices:
+                model.load_state_dict(buffers, strict=False)
+        if not settings.momentum or rules.local_momentum == "keep":
+            continue
+        for group in (0, 1):
+            parameters = [
+                optimizers[d][group].param_groups[0]["params"] for d in range(num_devices)
+            ]
+            for of_devices in zip(*parameters, strict=True):
+                momentum = sum(
+                    share * optimizers[d][group].state[of_devices[d]]["momentum_buffer"]
+                    for share, d in zip(shares, who, strict=True)
+                )
+                for d, p in enumerate(of_devices):
+                    optimizers[d][group].state[p]["momentum_buffer"] = (
+                        momentum.clone()
+                        if rules.local_momentum == "average"
+                        else torch.zeros_like(p)
+                    )
+    buffers = mean_over_devices([dict(model.named_buffers()) for model in devices])
+    return {**mean, **buffers}, losses
 
 
 def assert_equal_weights(model: nn.Module, wanted: Weights, tolerance: float = 1e-10) -> None:
@@ -211,6 +271,73 @@ def test_it_equals_separate_devices(norm: str, name: str) -> None:
     assert losses == pytest.approx(wanted_losses, rel=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("norm", "name", "image_counts"),
+    [
+        ("batch", "fedavg", None),
+        ("batch", "fedavg", COUNTS),
+        ("batch", "scaffold", COUNTS),
+        ("fixup", "fedavg", COUNTS),
+        ("fixup", "fedavg, momentum reset", COUNTS),
+        ("fixup", "fedprox", None),
+        ("fixup", "fedavgm", COUNTS),
+        ("fixup", "fedadam", COUNTS),
+        ("fixup", "scaffold", None),
+        ("fixup", "all at once", COUNTS),
+    ],
+)
+def test_it_equals_separate_devices_of_which_some_take_part(
+    norm: str, name: str, image_counts: list[int] | None
+) -> None:
+    """Four rounds of two local steps, and evaluation one step into the last."""
+    rules = replace(RULES[name], local_steps=2)
+    settings = replace(LOCAL, scalar_lr_factor=0.1)
+    batches = make_partial_batches(4, 2)[:-1]
+    algorithm = make_algorithm(norm, settings, rules, ALL, image_counts)
+    losses = [algorithm.round(b, learning_rate(u)).item() for u, b in enumerate(batches)]
+    wanted, wanted_losses = slow_reference(
+        norm, batches, settings, rules, num_devices=ALL, image_counts=image_counts
+    )
+    assert_equal_weights(algorithm.global_model(), wanted)
+    assert losses == pytest.approx(wanted_losses, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "scaffold"])
+def test_all_devices_weighed_by_their_images(name: str) -> None:
+    rules = replace(RULES[name], local_steps=3)
+    batches = make_batches(7)
+    counts = [3, 50, 20]
+    algorithm = make_algorithm("group", LOCAL, rules, image_counts=counts)
+    for u, b in enumerate(batches):
+        algorithm.round(b, learning_rate(u))
+    wanted, _ = slow_reference("group", batches, LOCAL, rules, image_counts=counts)
+    alike, _ = slow_reference("group", batches, LOCAL, rules)
+    assert_equal_weights(algorithm.global_model(), wanted)
+    assert not torch.allclose(wanted["fc.weight"], alike["fc.weight"], rtol=1e-3)
+
+
+def test_weights_by_images_minimise_the_mean_over_all_images() -> None:
+    """With one plain step on whole devices, the average is a step on the union of their images."""
+    counts = [6, 2]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 2, 1, 1, 1, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 2, (6, 2), generator=generator)
+    # Equal shares of every step: the smaller device brings each of its two images three times.
+    images[2:, 1], labels[2:, 1] = images[:2, 1].repeat(2, 1, 1, 1), labels[:2, 1].repeat(2)
+    model = OneWeight()
+    algorithm = FederatedAveraging(
+        model, {"weights": [model.weight]}, SGDSettings(momentum=0.0, weight_decay=0.0),
+        FederatedSettings(), num_devices=2, image_counts=counts,
+    )  # fmt: skip
+    batch = Local(images.flatten(0, 1), labels.flatten(), ((None, 6),))
+    _, stepped = weights_after(algorithm, batch)
+    union = OneWeight()
+    all_images = torch.cat([images[:, 0], images[:2, 1]])
+    F.cross_entropy(union(all_images), torch.cat([labels[:, 0], labels[:2, 1]])).backward()  # type: ignore[no-untyped-call]
+    assert union.weight.grad is not None
+    assert stepped == pytest.approx(-union.weight.grad.item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
 def test_batch_normalization_keeps_each_devices_statistics(norm: str, name: str) -> None:
@@ -223,14 +350,16 @@ def test_batch_normalization_keeps_each_devices_statistics(norm: str, name: str)
     assert_equal_weights(algorithm.global_model(), slow_reference(norm, batches, LOCAL, rules)[0])
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "fixup"])
+@pytest.mark.parametrize(
+    ("norm", "partial"), [("batch", False), ("batch", True), ("group", False), ("fixup", False)]
+)
 def test_large_steps_take_the_devices_one_by_one(
-    norm: str, monkeypatch: pytest.MonkeyPatch
+    norm: str, partial: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same numbers."""
     rules = replace(RULES["all at once"], local_steps=3)
-    batches = make_batches(7)
-    mapped, single = (make_algorithm(norm, LOCAL, rules) for _ in range(2))
+    batches = make_partial_batches(2, 3) if partial else make_batches(7)
+    mapped, single = (make_algorithm(norm, LOCAL, rules, ALL if partial else D) for _ in range(2))
     for u, batch in enumerate(batches):
         monkeypatch.setattr(federated, "LARGE_STEP", 10**9)
         loss = mapped.round(batch, learning_rate(u))
@@ -361,10 +490,10 @@ def test_fedadam_by_hand() -> None:
 def test_scaffold_by_hand() -> None:
     algorithm, first, nothing = hand_sized(local_steps=1, control_variates=True)
     assert weights_after(algorithm, first) == ([0.5, 0.5], 0.5)
-    # c = (-2, 1), their mean -0.5: corrections 1.5 and -1.5, which cancel in the mean.
-    assert algorithm.state_dict()["variates"]["correction"]["weight"].flatten().tolist() == [
-        1.5, -1.5,
-    ]  # fmt: skip
+    # c_d = (-2, 1), c = -0.5: corrections 1.5 and -1.5, which cancel in the mean.
+    variates = algorithm.state_dict()["variates"]
+    assert variates["device"]["weight"].flatten().tolist() == [-2.0, 1.0]
+    assert variates["server"]["weight"].tolist() == [-0.5]
     assert weights_after(algorithm, nothing) == ([0.5, 0.5], 0.5)
     algorithm, first, nothing = hand_sized(local_steps=2, control_variates=True)
     weights_after(algorithm, first, nothing)  # mean gradients -1 and 0.5, their mean -0.25
@@ -389,24 +518,28 @@ def test_clipping_by_hand() -> None:
     assert mean == pytest.approx(0.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["batch", "fixup"])
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold"])
-def test_it_goes_on_from_any_step(norm: str, name: str) -> None:
+@pytest.mark.parametrize(("norm", "partial"), [("batch", True), ("batch", False), ("fixup", False)])
+def test_it_goes_on_from_any_step(norm: str, partial: bool, name: str) -> None:
     rules = replace(RULES[name], local_steps=3)
-    batches = make_batches(8)
-    whole = make_algorithm(norm, LOCAL, rules)
-    files, losses = [], []
+    batches = make_partial_batches(3, 3)[:8] if partial else make_batches(8)
+    devices: tuple[int, list[int] | None] = (ALL, COUNTS) if partial else (D, None)
+    whole = make_algorithm(norm, LOCAL, rules, *devices)
+    files, losses, evaluated = [], [], {}
     for u, batch in enumerate(batches):
+        evaluated[u] = copy.deepcopy(whole.global_model().state_dict())
         file = io.BytesIO()
         torch.save(whole.state_dict(), file)
         files.append(file)
         losses.append(whole.round(batch, learning_rate(u)))
     for cut in (1, 3, 4, 5):
-        resumed = make_algorithm(norm, LOCAL, rules)
+        resumed = make_algorithm(norm, LOCAL, rules, *devices)
         # What was trained before a resume must leave no trace.
         resumed.round(batches[-1], 0.1)
         files[cut].seek(0)
         resumed.load_state_dict(torch.load(files[cut], weights_only=True))
+        for n, value in resumed.global_model().state_dict().items():
+            assert torch.equal(value, evaluated[cut][n]), n
         for u, batch in enumerate(batches[cut:], start=cut):
             assert torch.equal(resumed.round(batch, learning_rate(u)), losses[u])
         for n, value in whole.global_model().state_dict().items():
@@ -444,6 +577,32 @@ def test_unequal_local_batches_are_refused() -> None:
     blocks = ((torch.tensor([0]), 6), (torch.tensor([1, 2]), 3))
     with pytest.raises(ValueError, match="multiple of num_devices = 3"):
         algorithm.round(replace(batch, blocks=blocks), 0.1)
+
+
+@pytest.mark.parametrize(
+    "blocks", [((None, 4),), ((torch.arange(4), 3),), ((torch.arange(2), 4), (torch.arange(2), 2))]
+)
+def test_another_number_of_participants_is_refused(blocks: Any) -> None:
+    algorithm = make_algorithm("group", LOCAL, FederatedSettings(), ALL)
+    with pytest.raises(ValueError, match="multiple of the 3 devices of a round"):
+        algorithm.round(replace(make_batches(1)[0], blocks=blocks), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"devices_per_round": 4}, "devices_per_round = 4 is out of range; accepted: 1 to"),
+        ({"devices_per_round": 0}, "devices_per_round = 0 is out of range"),
+        ({"devices_per_round": 2, "local_momentum": "keep"}, "accepted: average, reset"),
+        ({"image_counts": [5, 5]}, "a number from 1 for each of the 3 devices"),
+        ({"image_counts": [5, 0, 5]}, "a number from 1 for each of the 3 devices"),
+    ],
+)
+def test_participants_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
+    model = make_model("group")
+    rules = FederatedSettings(local_momentum=options.pop("local_momentum", "average"))
+    with pytest.raises(ValueError, match=said):
+        FederatedAveraging(model, parameter_groups(model), LOCAL, rules, num_devices=D, **options)
 
 
 @pytest.mark.parametrize(
