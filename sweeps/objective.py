@@ -242,6 +242,7 @@ class Objective:
                 image_counts=[len(shard) for shard in prepared.shards]
                 if config.average_weights == "images"
                 else None,
+                class_counts=_class_counts(prepared, len(self._dataset.classes)),
                 autocast_dtype=dtype,
             )
         updates = batches.updates_per_epoch
@@ -363,6 +364,12 @@ def prepare_process(device: torch.device, threads: int) -> None:
         torch.backends.cudnn.deterministic = True
 
 
+def _class_counts(prepared: _Prepared, num_classes: int) -> list[list[int]]:
+    """Images of each class on each device."""
+    labels = prepared.train_labels.cpu().numpy()
+    return [np.bincount(labels[s], minlength=num_classes).tolist() for s in prepared.shards]
+
+
 def _federated_settings(config: TrialConfig) -> FederatedSettings:
     return FederatedSettings(
         local_steps=config.local_steps,
@@ -374,6 +381,7 @@ def _federated_settings(config: TrialConfig) -> FederatedSettings:
         server_momentum=config.server_momentum,
         server_beta2=config.server_beta2,
         server_epsilon=config.server_epsilon,
+        virtual_features=config.virtual_features,
     )
 
 

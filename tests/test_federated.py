@@ -46,6 +46,9 @@ def make_batches(updates: int, seed: int = 1) -> list[Local]:
 ALL, COUNTS = 5, [40, 7, 13, 100, 28]
 """Devices of which some take part, and the images that they hold."""
 
+CLASS_COUNTS = [[5, 5, 0, 0, 0], [0, 6, 2, 0, 0], [0, 0, 3, 7, 0], [2, 2, 2, 2, 2], [9, 0, 0, 0, 1]]
+"""Images by device and class. No batch of `make_batches` shows the last class."""
+
 
 def make_partial_batches(rounds: int, local_steps: int) -> list[Local]:
     """Batches of three of five devices, the same ones from one average to the next."""
@@ -77,7 +80,7 @@ def make_algorithm(
     model = make_model(norm, num_devices)
     return FederatedAveraging(
         model, parameter_groups(model), settings, rules, num_devices=num_devices,
-        devices_per_round=D, image_counts=image_counts,
+        devices_per_round=D, image_counts=image_counts, class_counts=CLASS_COUNTS[:num_devices],
     )  # fmt: skip
 
 
@@ -94,6 +97,53 @@ def mean_over_devices(weights: list[Weights], shares: list[float] | None = None)
         name: sum(share * w[name] for share, w in zip(of_each, weights, strict=True))  # type: ignore[misc]
         for name in weights[0]
     }
+
+
+def slow_shares(image_counts: list[int] | None, num_devices: int) -> list[list[float]]:
+    """v_dk: what device d adds of class k."""
+    p = [[n / sum(row) for n in row] for row in CLASS_COUNTS[:num_devices]]
+    of_device = image_counts or [1] * num_devices
+    q = [sum(w * row[k] for w, row in zip(of_device, p, strict=True)) for k in range(CLASSES)]
+    q = [share / sum(of_device) for share in q]
+    shares = []
+    for row in p:
+        least = max(a / b for a, b in zip(row, q, strict=True) if b)
+        shares.append([least * b - a for a, b in zip(row, q, strict=True)])
+    return shares
+
+
+def slow_statistics(
+    models: list[nn.Module], batch: Local, means: dict[int, Tensor]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Means by class and the covariance within the classes, of what the classifiers see."""
+    features: list[Tensor] = []
+    for place, model in enumerate(models):
+        surveyed = copy.deepcopy(model)
+        surveyed.get_submodule("fc").register_forward_pre_hook(
+            lambda _, args: features.extend(args[0].detach())
+        )
+        surveyed(batch.images[place :: len(models)], ((None, PER_DEVICE),))
+    labels = [
+        k for place in range(len(models)) for k in batch.labels[place :: len(models)].tolist()
+    ]
+    by_class = {k: [f for f, of in zip(features, labels, strict=True) if of == k] for k in labels}
+    means = {**means, **{k: torch.stack(fs).mean(dim=0) for k, fs in by_class.items()}}
+    residuals = torch.stack([f - means[k] for f, k in zip(features, labels, strict=True)])
+    return means, residuals.T @ residuals / (len(labels) - len(by_class))
+
+
+def slow_virtual_loss(
+    model: nn.Module, shares: list[float], means: dict[int, Tensor], covariance: Tensor
+) -> Tensor:
+    w, b = model.get_parameter("fc.weight"), model.get_parameter("fc.bias")
+    total = torch.zeros((), dtype=torch.float64)
+    for k, mean in means.items():
+        z = []
+        for j in range(CLASSES):
+            apart = w[j] - w[k]
+            z.append(w[j] @ mean + b[j] + apart @ covariance @ apart / 2)
+        total = total + shares[k] * F.cross_entropy(torch.stack(z), torch.tensor(k))
+    return total
 
 
 def slow_reference(
@@ -137,6 +187,8 @@ def slow_reference(
     c = copy.deepcopy(zero)
     c_device = [copy.deepcopy(zero) for _ in devices]
     gradients_seen = [copy.deepcopy(zero) for _ in devices]
+    shares_of_classes = slow_shares(image_counts, num_devices)
+    class_means: dict[int, Tensor] = {}
     losses = []
     who = list(range(num_devices))
     for update, batch in enumerate(batches):
@@ -147,14 +199,19 @@ def slow_reference(
         shares = [1 / len(who)] * len(who)
         if image_counts is not None:
             shares = [image_counts[d] / sum(image_counts[k] for k in who) for d in who]
+        if rules.virtual_features and update % rules.local_steps == 0:
+            class_means, covariance = slow_statistics([devices[d] for d in who], batch, class_means)
         device_losses = []
         for place, d in enumerate(who):
             model = devices[d]
             model.zero_grad()
             images, labels = batch.images[place :: len(who)], batch.labels[place :: len(who)]
             loss = F.cross_entropy(model(images, ((None, PER_DEVICE),)), labels)
-            loss.backward()
             device_losses.append(loss.item())
+            if rules.virtual_features:
+                virtual = slow_virtual_loss(model, shares_of_classes[d], class_means, covariance)
+                loss = loss + rules.virtual_features * virtual
+            loss.backward()
             if settings.clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
             for name, p in model.named_parameters():
@@ -251,8 +308,13 @@ RULES = {
         server_optimizer="adam", server_lr=0.01, server_momentum=0.9, server_beta2=0.98
     ),
     "scaffold": FederatedSettings(control_variates=True),
+    "virtual features": FederatedSettings(virtual_features=0.7),
     "all at once": FederatedSettings(
-        control_variates=True, proximal_mu=0.1, server_momentum=0.5, server_lr=0.9
+        control_variates=True,
+        proximal_mu=0.1,
+        server_momentum=0.5,
+        server_lr=0.9,
+        virtual_features=1.0,
     ),
 }
 
@@ -283,6 +345,7 @@ def test_it_equals_separate_devices(norm: str, name: str) -> None:
         ("fixup", "fedavgm", COUNTS),
         ("fixup", "fedadam", COUNTS),
         ("fixup", "scaffold", None),
+        ("batch", "virtual features", COUNTS),
         ("fixup", "all at once", COUNTS),
     ],
 )
@@ -500,6 +563,101 @@ def test_scaffold_by_hand() -> None:
     assert weights_after(algorithm, nothing) == ([0.5 - 0.75, 0.5 + 0.75], 0.5)
 
 
+class OnlyAClassifier(nn.Module):
+    """Features are the pixels."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(features, classes, dtype=torch.float64)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images: Tensor, blocks: Any = None) -> Tensor:
+        logits: Tensor = self.fc(images.flatten(1))
+        return logits
+
+
+def test_virtual_features_by_hand() -> None:
+    """Two devices with a class each, and two images of one pixel: 1 and 3, -2 and -4."""
+    model = OnlyAClassifier(1, 2)
+    algorithm = FederatedAveraging(
+        model, parameter_groups(model), SGDSettings(momentum=0.0, weight_decay=0.0),
+        FederatedSettings(local_steps=3, virtual_features=1.0), num_devices=2,
+        class_counts=[[2, 0], [0, 2]],
+    )  # fmt: skip
+    images = torch.tensor([1.0, -2.0, 3.0, -4.0], dtype=torch.float64).view(4, 1, 1, 1)
+    batch = Local(images, torch.tensor([0, 1, 0, 1]), ((None, 2),))
+    algorithm.round(batch, 0.1)
+    state = algorithm.state_dict()
+    assert state["virtual"]["mean"].tolist() == [[2.0], [-3.0]]
+    assert state["virtual"]["covariance"].tolist() == [[2.0]]  # (1 + 1 + 1 + 1) / (4 - 2)
+    # At w = b = 0 all softmaxes are a half. Both devices see both classes with weight 1:
+    # the slope of w_0 is -0.5 * 2 + 0.5 * -3.
+    w = state["local"]["fc.weight"].flatten().tolist()
+    assert w == pytest.approx([0.25, -0.25, 0.25, -0.25], rel=1e-12)
+    algorithm.round(batch, 0.1)
+    # For device 0 the class 1 is virtual: z_0 - z_1 = -3 (w_0 - w_1) + (w_0 - w_1)² with 2 / 2.
+    gap = 0.5
+    virtual = 1 / (1 + math.exp(-(-3 * gap + gap**2)))  # softmax_0 of it
+    own = [1 / (1 + math.exp(gap * x)) for x in (1, 3)]  # softmax_1 of its images
+    slope = -(own[0] * 1 + own[1] * 3) / 2 + virtual * (-3 + 2 * gap)
+    w = algorithm.state_dict()["local"]["fc.weight"][0].flatten().tolist()
+    assert w == pytest.approx([0.25 - 0.1 * slope, -0.25 + 0.1 * slope], rel=1e-12)
+
+
+def test_virtual_features_stand_for_draws_from_a_normal_distribution() -> None:
+    """Their loss is an upper bound of the draws' mean loss, and a close one."""
+    generator = torch.Generator().manual_seed(0)
+    model = OnlyAClassifier(6, CLASSES)
+    nn.init.normal_(model.fc.weight, std=0.2, generator=generator)
+    algorithm = FederatedAveraging(
+        model, parameter_groups(model), LOCAL, FederatedSettings(virtual_features=1.0),
+        num_devices=1, class_counts=[[1] * CLASSES],
+    )  # fmt: skip
+    images = torch.randn(40, 6, 1, 1, generator=generator, dtype=torch.float64)
+    labels = torch.arange(40) % CLASSES
+    algorithm.round(Local(images, labels, ((None, 40),)), 0.0)
+    algorithm._virtual_shares = torch.eye(CLASSES, dtype=torch.float64)[2:3]
+    bound = algorithm._virtual_losses().item()
+    statistics = algorithm.state_dict()["virtual"]
+    normal = torch.distributions.MultivariateNormal(statistics["mean"][2], statistics["covariance"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = normal.sample(torch.Size([20000]))
+    drawn = F.cross_entropy(model.fc(draws), torch.full((20000,), 2)).item()
+    assert drawn < bound < 1.1 * drawn
+
+
+def test_devices_that_hold_all_classes_alike_need_no_virtual_features() -> None:
+    batches = make_batches(5)
+    algorithms = []
+    for factor in (0.0, 1.0):
+        model = make_model("group")
+        algorithms.append(
+            FederatedAveraging(
+                model, parameter_groups(model), LOCAL,
+                FederatedSettings(local_steps=2, virtual_features=factor), num_devices=D,
+                class_counts=[[4, 2, 2, 2, 6]] * D,
+            )
+        )  # fmt: skip
+    for u, batch in enumerate(batches):
+        plain, virtual = (a.round(batch, learning_rate(u)) for a in algorithms)
+        torch.testing.assert_close(plain, virtual, rtol=1e-12, atol=1e-12)
+    assert_equal_weights(algorithms[1].global_model(), algorithms[0].global_model().state_dict())
+
+
+@pytest.mark.parametrize(
+    "counts", [None, [[1, 2, 3, 4, 5]], [[1] * 4] * 3, [[1] * 5, [0] * 5, [1] * 5]]
+)
+def test_virtual_features_need_every_devices_classes(counts: list[list[int]] | None) -> None:
+    model = make_model("group")
+    with pytest.raises(ValueError, match="accepted: numbers of images of 3 devices by 5 classes"):
+        FederatedAveraging(
+            model, parameter_groups(model), LOCAL, FederatedSettings(virtual_features=1.0),
+            num_devices=D, class_counts=counts,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("local_momentum", "devices"),
     [("average", [0.75, 0.75]), ("keep", [1.5, 0.0]), ("reset", [0.5, 0.5])],
@@ -518,7 +676,9 @@ def test_clipping_by_hand() -> None:
     assert mean == pytest.approx(0.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold"])
+@pytest.mark.parametrize(
+    "name", ["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "virtual features"]
+)
 @pytest.mark.parametrize(("norm", "partial"), [("batch", True), ("batch", False), ("fixup", False)])
 def test_it_goes_on_from_any_step(norm: str, partial: bool, name: str) -> None:
     rules = replace(RULES[name], local_steps=3)
@@ -623,6 +783,7 @@ def test_what_it_cannot_do_is_refused(norm: str, rules: dict[str, Any], said: st
     ("values", "said"),
     [
         ({"algorithm": "sync-sgd", "local_steps": 10}, "local_steps = 10 has no meaning"),
+        ({"algorithm": "sync-sgd", "virtual_features": 1}, "virtual_features = 1 has no meaning"),
         ({"algorithm": "fedavg", "global_batch_size": 322}, "equal local batches"),
         ({"algorithm": "scaffold", "norm": "sync-batch"}, "norm = 'sync-batch'"),
     ],

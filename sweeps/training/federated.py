@@ -42,6 +42,28 @@ and what a device may add to the gradient g_d of its loss, each with any of thes
 
 Clipping, per device, limits g_d alone: like the weight decay, what these two add comes after.
 
+A device that holds few classes unlearns the others, and its classifier first: none of its images
+speaks for them. Virtual features speak for them instead. They stem from what the devices tell
+each other at the beginning of a round, with x, of the features h (what the classifier sees) of
+their first local batches: each class's mean μ_k and one covariance Σ within the classes. To the
+mean cross-entropy of its images a device adds
+
+    λ·Σ_k v_dk·ℓ_k,   ℓ_k = -ln softmax_k(z_k),
+    z_kj = w_j·μ_k + b_j + ½ (w_j - w_k)ᵀ Σ (w_j - w_k),
+
+the cross-entropy of features drawn from the normal distribution N(μ_k, Σ), by its upper bound in
+closed form: E ln Σ_j exp(a_j) ≤ ln Σ_j E exp(a_j) (Wang et al. 2019, arXiv 1909.12220, equation
+5). It has a gradient for the classifier (w, b) alone. v_dk = s_d·q_k - p_dk, where p_dk is the
+share of class k in the images of device d, q_k its mean over all D devices, by images where the
+averages are, and s_d = max_k p_dk / q_k the least factor for which no v_dk is negative: with
+λ = 1 all classes have their overall shares in what the classifier learns from, and where every
+device holds those there is no term. Sharing features' normal distributions is due to Luo et al.
+2021 (CCVR, arXiv 2106.05001), who train the classifier on them after FedAvg, and Tang et al. 2024
+(FedImpro, arXiv 2402.07011), who train the upper layers on them in the local steps, as is done
+here. No image leaves its device, but statistics of a few images' features do. A class that no
+first batch of a round shows keeps its last mean; v_dk is 0 until there is one. The term counts
+as a part of g_d.
+
 Momentum buffers, which none of the papers' local steps have, are averaged like weights, with the
 same w_d, and given to the next participants; or reset to zero at every average; or, where all
 devices take part, kept by them. Averaged, FedAvg with H = 1 and uniform weights is
@@ -94,6 +116,7 @@ class FederatedSettings:
         server_momentum: β of FedAvgM, β₁ of FedAdam; FedAvg has 0.
         server_beta2: β₂ of FedAdam.
         server_epsilon: τ of FedAdam.
+        virtual_features: λ of the virtual features' loss; 0 leaves it out.
     """
 
     local_steps: int = 1
@@ -105,6 +128,7 @@ class FederatedSettings:
     server_momentum: float = 0.0
     server_beta2: float = 0.99
     server_epsilon: float = 1e-3
+    virtual_features: float = 0.0
 
 
 class FederatedAveraging:
@@ -129,6 +153,8 @@ class FederatedAveraging:
         devices_per_round: m, the devices that take part in a round; None is all.
         image_counts: n_d, images that each of the D devices holds, to weigh its part in the
             averages; None weighs all alike.
+        class_counts: images of each class that each of the D devices holds, D rows of as many
+            numbers as the model has logits; virtual features need it.
         autocast_dtype: of the forward pass; None leaves it in the parameters' own.
 
     Raises:
@@ -146,6 +172,7 @@ class FederatedAveraging:
         num_devices: int,
         devices_per_round: int | None = None,
         image_counts: Sequence[int] | None = None,
+        class_counts: Sequence[Sequence[int]] | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         m = num_devices if devices_per_round is None else devices_per_round
@@ -194,6 +221,13 @@ class FederatedAveraging:
         )
         self._server = self._fresh_server()
         self._variates = self._fresh_variates()
+        self._virtual: dict[str, Tensor] = {}
+        if federated.virtual_features:
+            weight = self._global["fc.weight"]
+            self._virtual = _fresh_statistics(weight)
+            self._virtual_shares = _virtual_shares(
+                class_counts, image_counts or [1] * num_devices, weight
+            )
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor:
         """Take one local step on every participant, and average after every H-th.
@@ -205,7 +239,8 @@ class FederatedAveraging:
             lr: learning rate of the local SGD.
 
         Returns:
-            The loss averaged over participants, a 0-d tensor on the training device.
+            The cross-entropy of the images averaged over participants, a 0-d tensor on the
+            training device.
 
         Raises:
             ValueError: the devices bring different numbers of images, or another number of
@@ -216,7 +251,12 @@ class FederatedAveraging:
             group["lr"] = lr * group["lr_factor"]
         self._optimizer.zero_grad(set_to_none=True)
         losses = self._losses(batch, per_device)
-        losses.sum().backward()
+        total = losses.sum()
+        if self._settings.virtual_features:
+            if self._steps % self._settings.local_steps == 0:
+                self._survey(batch)
+            total = total + self._settings.virtual_features * self._virtual_losses().sum()
+        total.backward()
         with torch.no_grad():
             self._change_gradients()
             self._optimizer.step()
@@ -249,6 +289,7 @@ class FederatedAveraging:
             "optimizer": self._optimizer.state_dict(),
             "server": self._server,
             "variates": self._variates,
+            "virtual": self._virtual,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -263,6 +304,7 @@ class FederatedAveraging:
                 _copy(ours, state["server"][memory])
             for memory, ours in self._variates.items():
                 _copy(ours, state["variates"][memory])
+            _copy(self._virtual, state["virtual"])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _take_part(self, batch: DeviceBatch) -> int:
@@ -331,6 +373,47 @@ class FederatedAveraging:
             for name, rows in buffers.items():
                 self._buffers[name].index_copy_(0, self._participants, rows)
         return losses
+
+    @torch.no_grad()
+    def _survey(self, batch: DeviceBatch) -> None:
+        """Take the statistics of the features that the server's weights give a batch."""
+        classifier_inputs: list[Tensor] = []
+        hook = self._model.get_submodule("fc").register_forward_pre_hook(
+            lambda _, args: classifier_inputs.append(args[0])
+        )
+        # The pass of the same images that trains is the one to change running statistics.
+        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        try:
+            with torch.autocast(
+                batch.images.device.type,
+                dtype=self._autocast_dtype,
+                enabled=self._autocast_dtype is not None,
+            ):
+                functional_call(self._model, (self._global, buffers), (batch.images, batch.blocks))
+        finally:
+            hook.remove()
+        mean, known = self._virtual["mean"], self._virtual["known"]
+        features = classifier_inputs[0].to(mean.dtype)  # [B, F]
+        of_class = F.one_hot(batch.labels, mean.shape[0]).to(mean.dtype)  # [B, C]
+        counts = of_class.sum(dim=0)
+        seen = counts > 0
+        means = of_class.T @ features / counts.clamp(min=1).unsqueeze(1)
+        mean.copy_(torch.where(seen.unsqueeze(1), means, mean))
+        known.logical_or_(seen)
+        residuals = features - mean[batch.labels]
+        freedom = (len(features) - seen.sum()).clamp(min=1)
+        torch.div(residuals.T @ residuals, freedom, out=self._virtual["covariance"])
+
+    def _virtual_losses(self) -> Tensor:
+        """Each participant's Σ_k v_dk·ℓ_k, [m]."""
+        weight, bias = self._local["fc.weight"], self._local["fc.bias"]  # [m, C, F], [m, C]
+        q = weight @ self._virtual["covariance"] @ weight.mT
+        diagonal = q.diagonal(dim1=1, dim2=2)
+        spread = diagonal.unsqueeze(1) - 2 * q + diagonal.unsqueeze(2)
+        logits = (weight @ self._virtual["mean"].T).mT + bias.unsqueeze(1) + spread / 2
+        losses = -logits.log_softmax(dim=2).diagonal(dim1=1, dim2=2)  # [m, C]
+        shares = self._rows(self._virtual_shares) * self._virtual["known"]
+        return (shares * losses).sum(dim=1)
 
     def _change_gradients(self) -> None:
         """Clip every device's gradient, then add what FedProx and SCAFFOLD add."""
@@ -410,6 +493,41 @@ class FederatedAveraging:
             "server": {name: torch.zeros_like(x) for name, x in self._global.items()},
             "sum": {name: torch.zeros_like(y.detach()) for name, y in self._local.items()},
         }
+
+
+def _fresh_statistics(weight: Tensor) -> dict[str, Tensor]:
+    """What is known of the features of C classes before the first round; `weight` is [C, F]."""
+    classes, width = weight.shape
+    return {
+        "mean": torch.zeros_like(weight),
+        "covariance": weight.new_zeros(width, width),
+        "known": torch.zeros(classes, dtype=torch.bool, device=weight.device),
+    }
+
+
+def _virtual_shares(
+    class_counts: Sequence[Sequence[int]] | None, device_weights: Sequence[int], weight: Tensor
+) -> Tensor:
+    """v_dk, [D, C], of the module's docstring; `weight` is the classifier's [C, F].
+
+    Raises:
+        ValueError: the counts are not of D devices with an image each, and C classes.
+    """
+    counts = torch.tensor([list(row) for row in class_counts or ()], dtype=torch.float64)
+    num_devices = len(device_weights)
+    accepted = (num_devices, weight.shape[0])
+    if counts.shape != accepted or not (counts.sum(dim=1) > 0).all():
+        raise ValueError(
+            f"class_counts of shape {list(counts.shape)} are not accepted with virtual features; "
+            f"accepted: numbers of images of {num_devices} devices by {weight.shape[0]} classes, "
+            "at least one image a device"
+        )
+    p = counts / counts.sum(dim=1, keepdim=True)
+    of_device = torch.tensor(list(device_weights), dtype=torch.float64)
+    q = of_device @ p / of_device.sum()
+    # A class that no device holds has no share anywhere: 0 / 1.
+    least = (p / torch.where(q > 0, q, 1.0)).amax(dim=1, keepdim=True)
+    return (least * q - p).clamp(min=0).to(weight)
 
 
 def _check(
