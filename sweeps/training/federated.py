@@ -2,9 +2,9 @@
 
 Between two averages every device d takes H steps of SGD on its own copy y_d of the weights, on
 its own local batches; then the server, which holds the weights x that they all started from,
-makes new ones out of the copies. With partial participation only m of the D devices take part in a
-round, and S, the set of them, is another in the next; everything below happens to those in S.
-All of them start the round from x.
+makes new ones out of the copies. With partial participation only m of the D devices take part
+in a round, and S, the set of them, is another in the next; everything below happens to those in
+S, who all start the round from x.
 
 Devices bring equally many images to every step and take equally many steps, however many images
 they hold. Their weights in the average, w_d with Σ_{d∈S} w_d = 1, decide what they minimise
@@ -34,35 +34,36 @@ and what a device may add to the gradient g_d of its loss, each with any of thes
 - SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1): c - c_d, with the control
   variates' option II, c_d ← c_d - c + (x - y_d) / (Hη) for d in S, then by line 17
   c ← c + (m/D)·mean_{d∈S}(change of c_d), all from 0, so that c is the mean of all D variates,
-  whoever took part. With
-  the paper's plain SGD at a constant rate η this makes c_d the mean of device d's gradients over
-  its H steps. That mean is what is kept here, since it alone still means something under
-  momentum (where x - y_d grows by 1 / (1 - momentum)) and under a rate that changes or ends at
-  0. The gradients are those of the local objective, weight decay and proximal term included.
+  whoever took part. With the paper's plain SGD at a constant rate η this makes c_d the mean of
+  device d's gradients over its H steps. That mean is what is kept here, since it alone still
+  means something under momentum (where x - y_d grows by 1 / (1 - momentum)) and under a rate
+  that changes or ends at 0. The gradients are those of the local objective, weight decay and
+  proximal term included. Variates are plain means whatever w_d is.
 
 Clipping, per device, limits g_d alone: like the weight decay, what these two add comes after.
 
 A device that holds few classes unlearns the others, and its classifier first: none of its images
-speaks for them. Virtual features speak for them instead. They stem from what the devices tell
-each other at the beginning of a round, with x, of the features h (what the classifier sees) of
-their first local batches: each class's mean μ_k and one covariance Σ within the classes. To the
-mean cross-entropy of its images a device adds
+speaks for them. Virtual features speak for them instead. They stem from what the participants
+tell the server at the beginning of a round of the features h (what the classifier sees) that x
+gives their first local batches: each class's mean μ_k and one covariance Σ within the classes,
+which it sends to all of them. That takes one more forward pass a round. To the mean
+cross-entropy of its images a device adds
 
     λ·Σ_k v_dk·ℓ_k,   ℓ_k = -ln softmax_k(z_k),
     z_kj = w_j·μ_k + b_j + ½ (w_j - w_k)ᵀ Σ (w_j - w_k),
 
 the cross-entropy of features drawn from the normal distribution N(μ_k, Σ), by its upper bound in
-closed form: E ln Σ_j exp(a_j) ≤ ln Σ_j E exp(a_j) (Wang et al. 2019, arXiv 1909.12220, equation
-5). It has a gradient for the classifier (w, b) alone. v_dk = s_d·q_k - p_dk, where p_dk is the
-share of class k in the images of device d, q_k its mean over all D devices, by images where the
-averages are, and s_d = max_k p_dk / q_k the least factor for which no v_dk is negative: with
-λ = 1 all classes have their overall shares in what the classifier learns from, and where every
-device holds those there is no term. Sharing features' normal distributions is due to Luo et al.
-2021 (CCVR, arXiv 2106.05001), who train the classifier on them after FedAvg, and Tang et al. 2024
-(FedImpro, arXiv 2402.07011), who train the upper layers on them in the local steps, as is done
-here. No image leaves its device, but statistics of a few images' features do. A class that no
-first batch of a round shows keeps its last mean; v_dk is 0 until there is one. The term counts
-as a part of g_d.
+closed form: E ln Σ_j exp(a_j) ≤ ln Σ_j E exp(a_j) (Wang et al. 2019, arXiv 1909.12220,
+proposition 1). It has a gradient for the classifier (w, b) alone. v_dk = s_d·q_k - p_dk, where
+p_dk is the share of class k in the images of device d, q_k its mean over all D devices, by images
+where the averages are, and s_d = max_k p_dk / q_k the least factor for which no v_dk is negative:
+with λ = 1 all classes have their overall shares in what the classifier learns from, and where
+every device holds those there is no term. Sharing features' normal distributions is due to Luo
+et al. 2021 (CCVR, arXiv 2106.05001), who train the classifier on them after FedAvg, and Tang et
+al. 2024 (FedImpro, arXiv 2402.07011), who train the upper layers on them in the local steps, as
+is done here. No image leaves its device, but statistics of a few images' features do. A class
+that no first batch of a round shows keeps its last mean; v_dk is 0 until there is one. The term
+counts as a part of g_d.
 
 Momentum buffers, which none of the papers' local steps have, are averaged like weights, with the
 same w_d, and given to the next participants; or reset to zero at every average; or, where all
@@ -140,8 +141,8 @@ class FederatedAveraging:
     optimizer on the stacked tensors is m separate ones. What the D devices remember from one
     turn to the next, control variates and running statistics, is `[D, ...]`.
 
-    `round` is one local step of the participants; every H-th ends with an average. The model given
-    lends its structure and keeps the buffers; its parameters are only those that
+    `round` is one local step of the participants; every H-th ends with an average. The model
+    given lends its structure and keeps the buffers; its parameters are only those that
     `global_model` writes there to be evaluated.
 
     Args:
