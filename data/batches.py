@@ -7,8 +7,9 @@ the accelerator.
 
 Everything is a function of (constructor arguments, epoch): a resumed run needs no saved state.
 Random numbers come from a counter-based generator (SplitMix64; Steele, Lea and Flood, "Fast
-Splittable Pseudorandom Number Generators", OOPSLA 2014) keyed by hashes of (seed, device, pass)
-and (seed, epoch), so they depend neither on library versions nor on the order of calls.
+Splittable Pseudorandom Number Generators", OOPSLA 2014) keyed by hashes of (seed, device, pass),
+(seed, epoch) and (seed, round), so they depend neither on library versions nor on the order of
+calls.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from torch import Tensor
 
 AUGMENTATIONS = ("crop-flip", "crop", "none")
 
-_STREAM_ORDER, _STREAM_AUGMENT = range(2)
+_STREAM_ORDER, _STREAM_AUGMENT, _STREAM_ROUND = range(3)
+
+_DRAWN_AT_ONCE = 2**20
+"""Random numbers that one pass over rounds or updates of the past may hold in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,22 +52,32 @@ class Batch:
 class DeviceBatches:
     """Training batches dealt from every device's own images.
 
-    A global batch of B images is dealt to D devices like cards. With q, r = divmod(B, D), every
-    device gives q images to an update, and the r left over come from devices (u*r + j) mod D,
-    j < r, where u counts updates from the start of training: over time all devices give the same
-    number, however many images they hold. The first block of a batch is the r devices that give
-    q + 1 images, the second the others; with r = 0 there is a single block of all devices, and
-    with q = 0 a single block of r devices.
+    A global batch of B images is dealt to m devices like cards: to all D, or to those that take
+    part in the round. With q, r = divmod(B, m), every one of them gives q images to an update, and
+    the r left over come from numbers (u*r + j) mod m of them, j < r, where u counts updates from
+    the start of training: over time all devices give the same number, however many images they
+    hold. The first block of a batch is the r devices that give q + 1 images, the second the
+    others; with r = 0 there is a single block of all m in ascending order, and with q = 0 a single
+    block of r devices.
+
+    With devices_per_round = m < D, the devices of a round are drawn uniformly without replacement,
+    anew for each round, as the set S_t of McMahan et al. 2017 (arXiv 1602.05629, algorithm 1).
+    A round is steps_per_round consecutive updates, counted from the start of training; it runs on
+    where an epoch ends.
 
     Each device walks through its own images in an endless stream of fresh permutations that runs
-    on across updates and epochs: none repeats before all of its images were seen.
+    on across updates and epochs, and from one round that it takes part in to its next: none
+    repeats before all of its images were seen.
 
     Args:
         images: uint8 [N, C, H, W].
         labels: int64 [N].
-        shards: for each device, the indices of its images; they may be of different sizes and
-            need not cover all images.
-        global_batch_size: B, images per update over all devices.
+        shards: for each device, the indices of its images; they may be of different sizes, may
+            have images in common, and need not cover all images.
+        global_batch_size: B, images per update over all devices that take part.
+        devices_per_round: m, from 1 to D; None for all devices.
+        steps_per_round: updates in a round, at least 1; without effect where all devices take
+            part.
         seed: from 0 to 2^63 - 1.
         augment: "crop-flip" pads with black, crops at a random offset and mirrors every other
             image on average, as torchvision's RandomCrop(padding=...) and RandomHorizontalFlip
@@ -74,7 +88,8 @@ class DeviceBatches:
         mean, std: per channel, in units of 0..1; see `channel_statistics`.
 
     Attributes:
-        updates_per_epoch: max(1, round(images on all devices / B)).
+        updates_per_epoch: max(1, round(images / B)), of the images that are on any device, each
+            counted once: devices that share images do not make an epoch longer.
         images_per_epoch: updates_per_epoch * B.
 
     Raises:
@@ -88,6 +103,8 @@ class DeviceBatches:
         shards: Sequence[NDArray[np.int64]],
         *,
         global_batch_size: int,
+        devices_per_round: int | None = None,
+        steps_per_round: int = 1,
         seed: int,
         augment: str = "crop-flip",
         crop_padding: int = 4,
@@ -105,6 +122,13 @@ class DeviceBatches:
         _check_shards(shards, len(images))
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size is {global_batch_size}: it must be at least 1")
+        if devices_per_round is not None and not 1 <= devices_per_round <= len(shards):
+            raise ValueError(
+                f"devices_per_round is {devices_per_round}: it must be from 1 to {len(shards)}, "
+                "the number of devices, or None for all"
+            )
+        if steps_per_round < 1:
+            raise ValueError(f"steps_per_round is {steps_per_round}: it must be at least 1")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}: it must be from 0 to 2^63 - 1")
         if augment not in AUGMENTATIONS:
@@ -117,12 +141,16 @@ class DeviceBatches:
         self._device = device
         self._channels_last = channels_last
         self._batch_size = global_batch_size
+        self._per_round = len(shards) if devices_per_round is None else devices_per_round
+        self._steps_per_round = steps_per_round
         self._offsets = 2 * crop_padding + 1 if augment != "none" else 1
         self._flip = augment == "crop-flip"
         self._members = np.concatenate([np.asarray(shard, dtype=np.int64) for shard in shards])
         self._sizes = np.array([len(shard) for shard in shards], dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._normaliser = _normaliser(mean, std, images.shape[1], device)
+        # An update, and what each device has given before it; see _given_before.
+        self._given = (0, np.zeros(len(shards), dtype=np.int64))
 
         height, width = images.shape[2:]
         images = images.to(device)
@@ -134,7 +162,9 @@ class DeviceBatches:
         self._crops = images.unfold(2, height, 1).unfold(3, width, 1)
         self._labels = labels.to(device)
 
-        self.updates_per_epoch = max(1, round(len(self._members) / global_batch_size))
+        held = np.zeros(len(images), dtype=np.bool_)
+        held[self._members] = True
+        self.updates_per_epoch = max(1, round(int(held.sum()) / global_batch_size))
         self.images_per_epoch = self.updates_per_epoch * global_batch_size
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -150,7 +180,8 @@ class DeviceBatches:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         order, devices = self._plan_order(epoch)
         rows, columns, flips = self._plan_augmentation(epoch)
-        each, extra = divmod(self._batch_size, len(self._sizes))
+        each, extra = divmod(self._batch_size, self._per_round)
+        everyone = self._per_round == len(self._sizes)
         index = torch.from_numpy(order).to(self._device)
         row = torch.from_numpy(rows).to(self._device)
         column = torch.from_numpy(columns).to(self._device)
@@ -163,7 +194,8 @@ class DeviceBatches:
             if self._flip:
                 images = torch.where(flip[u], images.flip(3), images)
             if extra == 0:
-                blocks: tuple[tuple[Tensor | None, int], ...] = ((None, each),)
+                ids = None if everyone else device_ids[u]
+                blocks: tuple[tuple[Tensor | None, int], ...] = ((ids, each),)
             elif each == 0:
                 blocks = ((device_ids[u, :extra], 1),)
             else:
@@ -178,24 +210,70 @@ class DeviceBatches:
         """Plan which image stands where.
 
         Returns:
-            Image indices, [updates, B], and device numbers, [updates, D], of which the first
-            B mod D give one image more than the others.
+            Image indices, [updates, B], and numbers of the devices that take part, [updates, m],
+            of which the first B mod m give one image more than the others.
         """
         num_devices, updates = len(self._sizes), self.updates_per_epoch
-        each, extra = divmod(self._batch_size, num_devices)
-        devices = np.arange(num_devices)
-        update = epoch * updates + np.arange(updates + 1)[:, None]  # [updates + 1, 1]
-        # Images a device has given before an update: extra image number e went to device e mod D.
-        given = update * each + (update * extra + num_devices - 1 - devices) // num_devices
+        each, extra = divmod(self._batch_size, self._per_round)
+        begin = epoch * updates
+        update = begin + np.arange(updates + 1)[:, None]  # [updates + 1, 1]
+        turn = (update[:-1] * extra + np.arange(self._per_round)) % self._per_round
+        if self._per_round == num_devices:
+            # Images a device has given before an update: extra image number e went to device
+            # e mod D.
+            devices = np.arange(num_devices)
+            given = update * each + (update * extra + num_devices - 1 - devices) // num_devices
+        else:
+            taking_part, gives = self._taking_part(begin, begin + updates)
+            given = np.zeros((updates + 1, num_devices), dtype=np.int64)
+            given[0] = self._given_before(begin)
+            np.put_along_axis(given[1:], taking_part, gives, axis=1)
+            given = np.cumsum(given, axis=0)
+            turn = np.take_along_axis(taking_part, turn, axis=1)
         streams, stream_starts = self._streams(given[0], given[-1])
         at = given[:-1] - given[0] + stream_starts  # [updates, D]
 
-        turn = (update[:-1] * extra + devices) % num_devices
         at = np.take_along_axis(at, turn, axis=1)
         first = at[:, None, :extra] + np.arange(each + 1)[:, None]
         second = at[:, None, extra:] + np.arange(each)[:, None]
         places = np.concatenate([first.reshape(updates, -1), second.reshape(updates, -1)], axis=1)
         return streams[places], turn
+
+    def _taking_part(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Draw who takes part in the updates from begin up to but not including end.
+
+        Returns:
+            Device numbers, ascending, and how many images each gives, both [end - begin, m].
+        """
+        update = np.arange(begin, end)
+        of_round = update // self._steps_per_round
+        rounds = np.arange(of_round[0], of_round[-1] + 1)
+        keys = _hash(self._seed, _STREAM_ROUND, rounds, np.zeros_like(rounds))
+        counter = np.arange(len(self._sizes), dtype=np.uint64)
+        random = _mix(keys[:, None] + counter * _GOLDEN)
+        m = self._per_round
+        devices = np.sort(np.argpartition(random, m - 1, axis=1)[:, :m], axis=1)
+        each, extra = divmod(self._batch_size, m)
+        gives = each + ((np.arange(m) - update[:, None] * extra) % m < extra)
+        return devices[of_round - rounds[0]], gives
+
+    def _given_before(self, update: int) -> NDArray[np.int64]:
+        """Count the images that each device has given before an update, [D].
+
+        That takes all rounds since the first; the last answer is kept to go on from.
+        """
+        at, given = self._given if self._given[0] <= update else (0, np.zeros_like(self._sizes))
+        step = max(1, _DRAWN_AT_ONCE // len(self._sizes))
+        while at < update:
+            end = min(at + step, update)
+            devices, gives = self._taking_part(at, end)
+            # Sums in float64, exact up to 2^53.
+            weights = gives.reshape(-1).astype(np.float64)
+            added = np.bincount(devices.reshape(-1), weights, minlength=len(given))
+            given = given + added.astype(np.int64)
+            at = end
+        self._given = (update, given)
+        return given
 
     def _streams(
         self, begin: NDArray[np.int64], end: NDArray[np.int64]
@@ -204,10 +282,11 @@ class DeviceBatches:
 
         Returns:
             The devices' whole passes that cover those positions, one after the other, and the
-            place of position begin of each device in them, [D].
+            place of position begin of each device in them, [D]. A device with nothing to give has
+            none, and its place means nothing.
         """
         first_pass = begin // self._sizes
-        num_passes = np.maximum(-(-end // self._sizes) - first_pass, 1)
+        num_passes = np.where(end > begin, -(-end // self._sizes) - first_pass, 0)
         # One entry per (device, pass), ordered by device, then pass.
         device = np.repeat(np.arange(len(self._sizes)), num_passes)
         within = np.arange(len(device)) - np.repeat(np.cumsum(num_passes) - num_passes, num_passes)

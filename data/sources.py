@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors: CIFAR-10, folders or zips of images, and scikit-learn's digits.
+"""Data sets as uint8 tensors: CIFAR-10 and -100, images in folders or zips, scikit-learn's digits.
 
 Each is decoded once; a cache file of tensors, which later runs map into memory,
 stands in the cache folder. `split_train` holds out a fixed, stratified part for validation.
@@ -11,10 +11,11 @@ import io
 import json
 import math
 import os
+import socket
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,10 +26,10 @@ import numpy as np
 import platformdirs
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-DATASETS = ("cifar10", "digits", "images")
+DATASETS = ("cifar10", "cifar100", "digits", "images")
 
 DATA_DIR_VARIABLE = "SWEEP_DATA_DIR"
 CACHE_DIR_VARIABLE = "SWEEP_CACHE_DIR"
@@ -36,8 +37,8 @@ CACHE_DIR_VARIABLE = "SWEEP_CACHE_DIR"
 # Raised whenever decoding changes, so that files of older versions are not used.
 _CACHE_FORMAT = 1
 
-_CIFAR10_FOLDER = "cifar-10-batches-py"
-_CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+_DOWNLOAD_TIMEOUT = 60.0
+"""Seconds that a download waits for a server's answer, or for its next bytes, before it fails."""
 
 _DIGITS_SPLIT_SEED = 0
 _DIGITS_NOISE_SEED = 5
@@ -103,8 +104,8 @@ def load_dataset(
 ) -> Dataset:
     """Load a data set by name.
 
-    - "cifar10": the original, 32x32, downloaded by torchvision into data_dir (the default folder
-      if None) on first use.
+    - "cifar10", "cifar100": the originals, 32x32, downloaded by torchvision into data_dir (the
+      default folder if None) on first use. Of CIFAR-100's labels these are the 100 fine ones.
     - "images": data_dir is a folder or a zip with train/<class>/<image> and test/<class>/<image>,
       alone in an enclosing folder or not. Images become RGB; those of another size are scaled
       (bilinear, antialiased) until the shorter side is image_size, then cut to the central square.
@@ -125,8 +126,9 @@ def load_dataset(
             what is accepted.
     """
     report = progress if progress is not None else _ignore
-    if name == "cifar10":
-        return _load_cifar10(data_dir if data_dir is not None else default_data_dir(), report)
+    if name in _CIFAR:
+        root = data_dir if data_dir is not None else default_data_dir()
+        return _load_cifar(_CIFAR[name], root, report)
     if name == "digits":
         return _load_digits(noise_std)
     if name == "images":
@@ -314,61 +316,117 @@ def _dataset(
     return Dataset(name, a, b, c, d, tuple(classes), _fingerprint(a, b, c, d))
 
 
-# CIFAR-10
+# CIFAR-10 and CIFAR-100
 
 
-def _load_cifar10(root: Path, report: Progress) -> Dataset:
+@dataclass(frozen=True)
+class _Cifar:
+    """One of the two; `loader` is the name of torchvision's class."""
+
+    name: str
+    title: str
+    loader: str
+    folder: str
+    files: tuple[str, ...]
+    size: str
+
+
+_CIFAR = {
+    kind.name: kind
+    for kind in (
+        _Cifar(
+            name="cifar10",
+            title="CIFAR-10",
+            loader="CIFAR10",
+            folder="cifar-10-batches-py",
+            files=(*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+            size="170 MB",
+        ),
+        _Cifar(
+            name="cifar100",
+            title="CIFAR-100",
+            loader="CIFAR100",
+            folder="cifar-100-python",
+            files=("train", "test", "meta"),
+            size="169 MB",
+        ),
+    )
+}
+
+
+def _load_cifar(kind: _Cifar, root: Path, report: Progress) -> Dataset:
     if root.is_file():
         raise DataError(
-            f"data_dir for cifar10 is the file {root}: it must be a folder, "
+            f"data_dir for {kind.name} is the file {root}: it must be a folder, "
             "or choose dataset 'images' for a zip of images"
         )
-    folder = root / _CIFAR10_FOLDER
-    if not all((folder / name).is_file() for name in _CIFAR10_FILES):
-        _download_cifar10(root, report)
+    folder = root / kind.folder
+    if not all((folder / name).is_file() for name in kind.files):
+        _download_cifar(kind, root, report)
     source = {
-        "name": "cifar10",
+        "name": kind.name,
         "path": str(folder.resolve()),
-        "files": [[name, *_stamp(folder / name)] for name in _CIFAR10_FILES],
+        "files": [[name, *_stamp(folder / name)] for name in kind.files],
     }
 
     def decode() -> Dataset:
-        report(f"decoding CIFAR-10 from {folder}")
+        report(f"decoding {kind.title} from {folder}")
         try:
-            train, test = _open_cifar10(root, train=True), _open_cifar10(root, train=False)
+            train, test = (_open_cifar(kind, root, train=part) for part in (True, False))
         except Exception:  # the pickles of a damaged download can raise anything
-            _download_cifar10(root, report)
-            train, test = _open_cifar10(root, train=True), _open_cifar10(root, train=False)
-        return _dataset("cifar10", _cifar10_part(train), _cifar10_part(test), train.classes)
+            _download_cifar(kind, root, report)
+            train, test = (_open_cifar(kind, root, train=part) for part in (True, False))
+        return _dataset(kind.name, _cifar_part(train), _cifar_part(test), train.classes)
 
     return _cached(source, report, decode)
 
 
-def _open_cifar10(root: Path, *, train: bool) -> Any:
+def _open_cifar(kind: _Cifar, root: Path, *, train: bool) -> Any:
     import torchvision
 
-    return torchvision.datasets.CIFAR10(str(root), train=train, download=False)
+    return getattr(torchvision.datasets, kind.loader)(str(root), train=train, download=False)
 
 
-def _cifar10_part(part: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _cifar_part(part: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return part.data.transpose(0, 3, 1, 2), np.array(part.targets, dtype=np.int64)
 
 
-def _download_cifar10(root: Path, report: Progress) -> None:
+def _download_cifar(kind: _Cifar, root: Path, report: Progress) -> None:
     """Download what is missing or broken; a half of a download is replaced, not trusted."""
     import torchvision
+    from torchvision.datasets.utils import download_and_extract_archive
 
+    loader = getattr(torchvision.datasets, kind.loader)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / f"{_CIFAR10_FOLDER}.lock"):
-            report(f"downloading CIFAR-10 (170 MB) to {root}")
-            torchvision.datasets.CIFAR10(str(root), train=True, download=True)
+        with filelock.FileLock(root / f"{kind.folder}.lock"):
+            with suppress(Exception):  # another process may have been faster
+                _open_cifar(kind, root, train=True)
+                return
+            report(f"downloading {kind.title} ({kind.size}) to {root}")
+            with _socket_timeout(_DOWNLOAD_TIMEOUT):
+                # The loader's own download passes over a missing file of class names.
+                download_and_extract_archive(
+                    loader.url, str(root), filename=loader.filename, md5=loader.tgz_md5
+                )
+            _open_cifar(kind, root, train=True)
     except Exception as error:  # network, archive, checksum and disk each raise their own
         raise DataError(
-            f"CIFAR-10 is not in {root} and could not be downloaded ({_one_line(error)}): check "
-            f"the network and the disk, or point --data-dir at a folder with {_CIFAR10_FOLDER}/, "
-            "or choose dataset 'images' or 'digits'"
+            f"{kind.title} is not in {root} and could not be downloaded ({_one_line(error)}): "
+            f"check the network and the disk, put {loader.filename} from elsewhere there, point "
+            f"--data-dir at a folder with {kind.folder}/, or choose dataset 'images' or 'digits'"
         ) from error
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Limit how long new connections wait; torchvision's downloads take no timeout."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _one_line(error: Exception) -> str:
@@ -586,9 +644,12 @@ def _decode(
             try:
                 images[i] = _decode_image(read(part.files[i]), image_size)
             except Exception as error:  # decoders raise many kinds on damaged files
+                # Pillow's own words would name the stream, not the file.
+                unknown = isinstance(error, UnidentifiedImageError)
+                reason = "of no image format that Pillow knows" if unknown else _one_line(error)
                 raise DataError(
-                    f"{part.files[i]} in {data_dir} is not a readable image "
-                    f"({_one_line(error)}): replace or remove it"
+                    f"{part.files[i]} in {data_dir} is not a readable image ({reason}): "
+                    "replace or remove it"
                 ) from error
 
     chunk = 256

@@ -1,7 +1,8 @@
-"""Divide training images over simulated devices: IID, a few classes per device, or Dirichlet.
+"""Divide training images over simulated devices: IID, or skewed in classes or in quantity.
 
 Every function is pure: labels and a seed in, one int64 index array per device out. Each index
-appears on exactly one device, arrays are sorted, and no global random state is read or changed.
+appears on exactly one device, but for those of a slice that all devices share, which appear on
+every one. Arrays are sorted, and no global random state is read or changed.
 
 Sources:
 
@@ -12,14 +13,20 @@ Sources:
   Visual Classification", 2019 (arXiv 1909.06335), section 3, in the form of Yurochkin et al.,
   "Bayesian Nonparametric Federated Learning of Neural Networks", ICML 2019 (arXiv 1905.12022),
   section 4: proportions over devices are drawn per class, so device sizes differ.
+- quantity: Li et al., "Federated Learning on Non-IID Data Silos: An Experimental Study", ICDE
+  2022 (arXiv 2102.02079), section IV, "quantity skew".
+- shared images: Zhao et al., "Federated Learning with Non-IID Data", 2018 (arXiv 1806.00582),
+  section 4.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-SPLITS = ("iid", "classes", "dirichlet")
+SPLITS = ("iid", "classes", "dirichlet", "quantity")
 ASSIGNMENTS = ("pairs", "ring")
 
 DIRICHLET_ATTEMPTS = 100
@@ -29,7 +36,7 @@ _TOLERANCE = 1e-5  # images; well above the solver's 1e-7, well below 1 / (numbe
 Indices = NDArray[np.int64]
 
 # One stream per scheme, so that equal seeds do not make two schemes share their shuffles.
-_STREAM_IID, _STREAM_CLASSES, _STREAM_DIRICHLET = range(3)
+_STREAM_IID, _STREAM_CLASSES, _STREAM_DIRICHLET, _STREAM_QUANTITY, _STREAM_SHARED = range(5)
 
 
 def iid(labels: ArrayLike, num_devices: int, *, seed: int) -> list[Indices]:
@@ -98,11 +105,7 @@ def classes_per_device(
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment is {assignment!r}: it must be one of {_listed(ASSIGNMENTS)}")
     if assignment == "pairs" and num_devices * k % num_classes:
-        raise ValueError(
-            f"num_devices x classes_per_device is {num_devices} x {k} = {num_devices * k}: with "
-            f"assignment 'pairs' it must be a multiple of the {num_classes} classes, "
-            "so change one of the two or use assignment 'ring'"
-        )
+        raise ValueError(_pairs_refused(num_devices, k, num_classes))
     if assignment == "ring" and num_devices + k - 1 < num_classes:
         raise ValueError(
             f"num_devices is {num_devices} with classes_per_device {k}: with assignment 'ring' "
@@ -148,16 +151,7 @@ def dirichlet(
         ValueError: an argument is outside what is accepted, or no draw satisfied the minimum.
     """
     values = _check(labels, num_devices, seed)
-    if not (alpha > 0 and np.isfinite(alpha)):
-        raise ValueError(f"alpha is {alpha}: it must be a finite number above 0")
-    if min_images_per_device < 1:
-        raise ValueError(f"min_images_per_device is {min_images_per_device}: it must be at least 1")
-    if num_devices * min_images_per_device > len(values):
-        raise ValueError(
-            f"min_images_per_device is {min_images_per_device}: {num_devices} devices would need "
-            f"{num_devices * min_images_per_device} images and there are {len(values)}, "
-            "so lower it or num_devices"
-        )
+    _check_draws(len(values), num_devices, alpha, min_images_per_device)
     names, ranks = np.unique(values, return_inverse=True)
     class_sizes = np.bincount(ranks, minlength=len(names)).astype(np.int64)
     fewest = -1
@@ -171,11 +165,93 @@ def dirichlet(
         if smallest >= min_images_per_device:
             return _deal_classes(ranks, counts, rng)
         fewest = max(fewest, smallest)
-    raise ValueError(
-        f"min_images_per_device is {min_images_per_device}: in {DIRICHLET_ATTEMPTS} draws with "
-        f"alpha {alpha} over {num_devices} devices the smallest device never had more than "
-        f"{fewest} images, so lower min_images_per_device or num_devices, or raise alpha"
-    )
+    raise ValueError(_draws_failed(num_devices, alpha, min_images_per_device, fewest))
+
+
+def quantity(
+    labels: ArrayLike,
+    num_devices: int,
+    *,
+    alpha: float,
+    min_images_per_device: int = 10,
+    seed: int,
+) -> list[Indices]:
+    """Draw the devices' sizes from a symmetric Dirichlet distribution; deal whatever the class.
+
+    Every device's images are a uniform sample: devices differ in how many they hold, and in
+    classes only by chance. Draws that leave a device with too few are repeated, at most
+    `DIRICHLET_ATTEMPTS` times.
+
+    Args:
+        labels: integer class of each image, shape [N]. Only N matters.
+        num_devices: D, from 1 to N.
+        alpha: concentration, above 0; a small one makes sizes more unequal. Li et al. use 0.5.
+        min_images_per_device: smallest number of images accepted on a device, at least 1.
+        seed: non-negative integer.
+
+    Returns:
+        D sorted int64 arrays of at least min_images_per_device indices each.
+
+    Raises:
+        ValueError: an argument is outside what is accepted, or no draw satisfied the minimum.
+    """
+    values = _check(labels, num_devices, seed)
+    _check_draws(len(values), num_devices, alpha, min_images_per_device)
+    fewest = -1
+    for attempt in range(DIRICHLET_ATTEMPTS):
+        rng = np.random.default_rng((seed, _STREAM_QUANTITY, attempt))
+        shares = rng.dirichlet(np.full(num_devices, alpha))
+        # The last cut is not taken from the shares, which add up to 1 only up to rounding.
+        cuts = np.rint(np.cumsum(shares[:-1]) * len(values)).astype(np.int64)
+        smallest = int(np.diff(cuts, prepend=0, append=len(values)).min())
+        if smallest >= min_images_per_device:
+            order = rng.permutation(len(values)).astype(np.int64)
+            return [np.sort(part) for part in np.split(order, cuts)]
+        fewest = max(fewest, smallest)
+    raise ValueError(_draws_failed(num_devices, alpha, min_images_per_device, fewest))
+
+
+def shared_slice(labels: ArrayLike, num_images: int, *, seed: int) -> Indices:
+    """Sample images that every device is to hold, as many of each class as of any other.
+
+    Numbers per class are equal to within one, the first classes having one more. A class that is
+    too small for that gives all of its images but one, so that no class is left without a device
+    of its own, and the others make up for it.
+
+    Args:
+        labels: integer class of each image, shape [N], of C classes.
+        num_images: from 0 to N - C.
+        seed: non-negative integer.
+
+    Returns:
+        num_images sorted indices.
+
+    Raises:
+        ValueError: an argument is outside what is accepted.
+    """
+    values = _check(labels, 1, seed)
+    _, ranks = np.unique(values, return_inverse=True)
+    spare = np.bincount(ranks).astype(np.int64) - 1
+    if not 0 <= num_images <= spare.sum():
+        raise ValueError(
+            f"shared_images is {num_images}: it must be from 0 to {spare.sum()}, since of the "
+            f"{len(values)} training images one of each of the {len(spare)} classes must be left "
+            "to a device"
+        )
+    counts = np.zeros_like(spare)
+    missing = num_images
+    while missing:
+        open_classes = np.flatnonzero(counts < spare)
+        each = missing // len(open_classes)
+        if each == 0:
+            counts[open_classes[:missing]] += 1
+            break
+        added = np.minimum(each, (spare - counts)[open_classes])
+        counts[open_classes] += added
+        missing -= int(added.sum())
+    rng = np.random.default_rng((seed, _STREAM_SHARED))
+    parts = [rng.permutation(np.flatnonzero(ranks == c))[:n] for c, n in enumerate(counts)]
+    return np.sort(np.concatenate(parts)).astype(np.int64)
 
 
 def split_devices(
@@ -188,15 +264,56 @@ def split_devices(
     assignment: str = "pairs",
     alpha: float = 0.5,
     min_images_per_device: int = 10,
+    shared_images: int = 0,
 ) -> list[Indices]:
     """Split by the scheme's name, one of `SPLITS`; arguments of other schemes are ignored.
 
+    With shared_images, `shared_slice` sets that many images aside first, the scheme divides the
+    others, and then every device gets those set aside beside its own. The scheme's promises,
+    min_images_per_device among them, are about a device's own images.
+
+    Zhao et al. go about it otherwise in three ways: their shared images come from a part of the
+    training set that no client ever has, so that more of them take nothing from the clients; each
+    client gets a random portion of them; and a model trained on them is where federated training
+    starts. Here all devices get all of them, and training starts as without.
+
     Returns:
-        D sorted int64 arrays; see `iid`, `classes_per_device` and `dirichlet`.
+        D sorted int64 arrays without repeats; see `iid`, `classes_per_device`, `dirichlet` and
+        `quantity`. Two devices have the shared images in common and no others.
 
     Raises:
-        ValueError: scheme is unknown, or the scheme rejects its arguments.
+        ValueError: scheme is unknown, the scheme rejects its arguments, or shared_images leaves
+            too few images to divide.
     """
+    if shared_images:
+        values = _check(labels, num_devices, seed)
+        shared = shared_slice(values, shared_images, seed=seed)
+        others = np.delete(np.arange(len(values)), shared)
+        if num_devices > len(others):
+            raise ValueError(
+                f"shared_images is {shared_images}: of {len(values)} training images it leaves "
+                f"{len(others)} for {num_devices} devices to hold one each, so it must be at most "
+                f"{len(values) - num_devices}"
+            )
+        try:
+            own = split_devices(
+                scheme,
+                values[others],
+                num_devices,
+                seed=seed,
+                classes_per_device=classes_per_device,
+                assignment=assignment,
+                alpha=alpha,
+                min_images_per_device=min_images_per_device,
+            )
+        except ValueError as error:
+            if scheme == "classes":
+                raise  # speaks of classes alone, and none has gone
+            raise ValueError(
+                f"{error} (of {len(values)} training images, shared_images = {shared_images} are "
+                "set aside)"
+            ) from error
+        return [np.sort(np.concatenate([others[shard], shared])) for shard in own]
     if scheme == "iid":
         return iid(labels, num_devices, seed=seed)
     if scheme == "classes":
@@ -209,6 +326,14 @@ def split_devices(
         )
     if scheme == "dirichlet":
         return dirichlet(
+            labels,
+            num_devices,
+            alpha=alpha,
+            min_images_per_device=min_images_per_device,
+            seed=seed,
+        )
+    if scheme == "quantity":
+        return quantity(
             labels,
             num_devices,
             alpha=alpha,
@@ -237,6 +362,50 @@ def _check(labels: ArrayLike, num_devices: int, seed: int) -> NDArray[np.int64]:
     if seed < 0:
         raise ValueError(f"seed is {seed}: it must be 0 or more")
     return values.astype(np.int64)
+
+
+def _check_draws(
+    num_images: int, num_devices: int, alpha: float, min_images_per_device: int
+) -> None:
+    """Check what `dirichlet` and `quantity` draw with, or raise ValueError."""
+    if not (alpha > 0 and np.isfinite(alpha)):
+        raise ValueError(f"alpha is {alpha}: it must be a finite number above 0")
+    if min_images_per_device < 1:
+        raise ValueError(f"min_images_per_device is {min_images_per_device}: it must be at least 1")
+    if num_devices * min_images_per_device > num_images:
+        raise ValueError(
+            f"min_images_per_device is {min_images_per_device}: {num_devices} devices would need "
+            f"{num_devices * min_images_per_device} images and there are {num_images}, "
+            "so lower it or num_devices"
+        )
+
+
+def _draws_failed(num_devices: int, alpha: float, min_images_per_device: int, fewest: int) -> str:
+    lower = "min_images_per_device or " if min_images_per_device > 1 else ""
+    return (
+        f"min_images_per_device is {min_images_per_device}: in {DIRICHLET_ATTEMPTS} draws with "
+        f"alpha {alpha} over {num_devices} devices the smallest device never had more than "
+        f"{fewest} images, so lower {lower}num_devices, or raise alpha"
+    )
+
+
+def _pairs_refused(num_devices: int, k: int, num_classes: int) -> str:
+    """Say which neighbouring choices "pairs" takes, those that exist."""
+    ways = []
+    step = num_classes // math.gcd(num_classes, num_devices)
+    for_devices = [str(accepted) for accepted in range(step, num_classes + 1, step)]
+    if len(for_devices) > 4:
+        for_devices[3:-1] = ["..."]
+    ways.append(f"for {num_devices} devices, classes_per_device {', '.join(for_devices)}")
+    step = num_classes // math.gcd(num_classes, k)
+    ways.append(f"for {k} classes a device, num_devices {step}, {2 * step}, {3 * step}, ...")
+    if num_devices + k - 1 >= num_classes:
+        ways.append("or assignment 'ring'")
+    return (
+        f"num_devices x classes_per_device is {num_devices} x {k} = {num_devices * k}: with "
+        f"assignment 'pairs' it must be a multiple of the {num_classes} classes; accepted: "
+        + "; ".join(ways)
+    )
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -1,6 +1,7 @@
 """ResNets for training with or without BatchNorm on simulated devices.
 
-``build_model`` is the only entry; ``parameter_groups`` splits what it returns for the optimizer.
+``build_model`` is the only entry; ``parameter_groups`` splits what it returns for the optimizer,
+and ``classifier_parameters`` names those of the last layer.
 A model is called as ``model(x, blocks)`` with the fused batch of all devices; ``DeviceBlocks``
 says which sample belongs to which device.
 """
@@ -10,7 +11,7 @@ import functools
 import torch
 from torch import nn
 
-from models.fixup import FixupResNet, parameter_groups
+from models.fixup import FixupResNet, classifier_parameters, parameter_groups
 from models.norms import (
     BATCH_STATISTICS,
     NORMS,
@@ -23,7 +24,8 @@ from models.norms import (
 from models.resnet import FEATURE_NORMS, LAYOUTS, MODELS, Layout, ResNet
 
 __all__ = [
-    "FEATURE_NORMS", "MODELS", "NORMS", "DeviceBlocks", "build_model", "parameter_groups",
+    "FEATURE_NORMS", "MODELS", "NORMS", "DeviceBlocks", "build_model", "classifier_parameters",
+    "parameter_groups",
 ]  # fmt: skip
 
 

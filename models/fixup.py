@@ -134,6 +134,11 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weight and the bias of a model's last linear layer."""
+    return list(model.get_submodule("fc").parameters())
+
+
 def _add(x: Tensor, scalar: Tensor) -> Tensor:
     # Unlike shape [1], a 0-dim float32 tensor leaves bfloat16 activations in bfloat16.
     return x + scalar.squeeze(0)

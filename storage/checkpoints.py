@@ -33,9 +33,13 @@ class CheckpointError(Exception):
 def default_checkpoint_dir(url: str) -> Path:
     """Return where the checkpoints of the storage at ``url`` belong.
 
-    ``FILE.checkpoints`` beside a SQLite database, so that the two move together; for a database
-    server a folder of this user, one for each database.
+    The folder that the environment variable ``SWEEP_CHECKPOINT_DIR`` names, if any: shared between
+    machines, it lets a trial go on where another worked on it. Else ``FILE.checkpoints`` beside a
+    SQLite database, so that the two move together; for a database server a folder of this user,
+    one for each database.
     """
+    if named := os.environ.get("SWEEP_CHECKPOINT_DIR"):
+        return Path(named).expanduser().absolute()
     file = sqlite_path(url)
     if file is not None:
         return file.with_name(file.name + ".checkpoints")
@@ -159,15 +163,23 @@ class CheckpointStore:
                 f"cannot remove checkpoint {path} ({error.strerror or error})"
             ) from error
 
-    def disk_usage(self) -> int:
-        """Return the bytes that all files in the folder hold."""
-        total = 0
+    def disk_usage(self, prefix: str = "") -> tuple[int, int]:
+        """Return how many checkpoints there are, and the bytes that they hold.
+
+        Args:
+            prefix: count only keys that begin with it.
+        """
+        start = _escaped(prefix)
+        count = total = 0
         for entry in self._entries():
+            if not entry.name.endswith(".pt") or not entry.name.startswith(start):
+                continue
             try:
                 total += entry.stat(follow_symlinks=False).st_size
             except FileNotFoundError:
                 continue
-        return total
+            count += 1
+        return count, total
 
     def _entries(self) -> list[os.DirEntry[str]]:
         try:
@@ -195,13 +207,16 @@ class CheckpointStore:
 def _file_name(key: str) -> str:
     if not key:
         raise ValueError("a checkpoint key must not be empty")
-    # Percent signs are escaped as well, so different keys have different names. A leading dot
-    # is for temporary files.
-    stem = quote(key, safe="=+,@ ")
-    if stem.startswith("."):
-        stem = "%2E" + stem[1:]
+    stem = _escaped(key)
     if len(stem) > _MAX_STEM:
         digest = hashlib.sha256(key.encode()).hexdigest()[:32]
         # "%%" stands in no escaped key.
         stem = f"{stem[: _MAX_STEM - 34]}%%{digest}"
     return f"{stem}.pt"
+
+
+def _escaped(key: str) -> str:
+    # Percent signs are escaped as well, so different keys have different names. A leading dot
+    # is for temporary files.
+    stem = quote(key, safe="=+,@ ")
+    return "%2E" + stem[1:] if stem.startswith(".") else stem

@@ -94,6 +94,16 @@ def start(
             help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
         ),
     ] = None,
+    add_trials: Annotated[
+        int | None,
+        typer.Option(
+            "--add-trials",
+            min=1,
+            metavar="K",
+            show_default=False,
+            help="Extend each study of a stored sweep by K trials.",
+        ),
+    ] = None,
     storage_url: Storage = DEFAULT_STORAGE,
     data_dir: DataDir = None,
 ) -> None:
@@ -105,8 +115,8 @@ def start(
 
     again = ["sweep", *sys.argv[1:]]
     code = run_sweep(
-        spec, storage_url, data_dir=data_dir, workers=workers, again=shlex.join(again),
-        out=_stdout(), err=_stderr(),
+        spec, storage_url, data_dir=data_dir, workers=workers, add_trials=add_trials or 0,
+        again=shlex.join(again), out=_stdout(), err=_stderr(),
     )  # fmt: skip
     raise typer.Exit(code)
 
@@ -140,7 +150,7 @@ def worker(
         if received and not child:
             os._exit(130)
         received.append(number)
-        stop.set()
+        stop.set(130 if number == signal.SIGINT else 0)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -155,7 +165,22 @@ def worker(
         lease_seconds=lease_seconds,
         stop=stop,
     )
-    raise typer.Exit(130 if signal.SIGINT in received else 0)
+    raise typer.Exit(stop.exit_code)
+
+
+@app.command(rich_help_panel="Run")
+def stop(
+    sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
+    storage_url: Storage = DEFAULT_STORAGE,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait until no trial is running.")
+    ] = 30.0,
+) -> None:
+    """Ask a sweep's workers, on every machine, to put their trials back and end."""
+    from sweeps.run import stop_sweep
+
+    _quiet_libraries()
+    raise typer.Exit(stop_sweep(sweep, storage_url, wait=wait, err=_stderr()))
 
 
 @app.command("list", rich_help_panel="Look")
@@ -214,7 +239,7 @@ def status(
 ) -> None:
     """Say how far the store's sweeps are, and the best setting of each study."""
     from storage.engine import open_storage
-    from sweeps.report import answer_table, outcome_lines
+    from sweeps.report import answer_table, disk_line, outcome_lines
     from sweeps.status import read_status
     from sweeps.studies import shown_url, stored_names, stored_sweep
 
@@ -230,7 +255,7 @@ def status(
     out = _stdout()
     for found in statuses:
         out.print(answer_table(found))
-        for line in outcome_lines(found):
+        for line in (*outcome_lines(found), disk_line(found.name, storage_url)):
             out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

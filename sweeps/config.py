@@ -19,6 +19,11 @@ from sweeps.errors import SpecError, nearest
 Value = bool | int | float | str
 
 
+def written(value: Value) -> str:
+    """A value as a sweep's file has it, names without their quotation marks."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What one field of `TrialConfig` accepts.
@@ -314,8 +319,7 @@ class TrialConfig:
     )
     exponential_gamma: float = _setting(
         0.97,
-        "The learning rate is multiplied by this in every epoch after the warmup "
-        "(`exponential`).",
+        "The learning rate is multiplied by this in every epoch after the warmup (`exponential`).",
         float,
         above=0,
         high=1,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sweeps.config import Value
+from sweeps.config import Value, written
 from sweeps.findings import Findings, StudyFindings, ended_early
 from sweeps.progress import describe_params
 from sweeps.status import TrialStatus
@@ -173,11 +173,12 @@ def _axis(entries: list[_Entry]) -> str | None:
 
 def _line_name(entries: list[_Entry], entry: _Entry, axis: str) -> str:
     """What a line has in common: its sweep, where there are several, and the other settings."""
-    parts = [f"{name}={value}" for name, value in entry.study.status.cell.items() if name != axis]
+    cell = entry.study.status.cell
+    parts = [f"{name}={written(value)}" for name, value in cell.items() if name != axis]
     sweeps = {e.sweep.status.name for e in entries}
     if len(sweeps) > 1:
         norms = {e.study.config.norm for e in entries}
-        if len(norms) > 1 and "norm" not in entry.study.status.cell:
+        if len(norms) > 1 and "norm" not in cell:
             parts.insert(0, f"norm={entry.study.config.norm}")
         parts.insert(0, entry.sweep.status.name)
     return ", ".join(parts) or "best"
@@ -615,7 +616,8 @@ def _slice_points(
                 "legendgroup": str(entry.index),
                 "showlegend": not traces,
                 "x": [
-                    _plain(str(t.params[name])) if space.choices else t.params[name] for t in group
+                    _plain(written(t.params[name])) if space.choices else t.params[name]
+                    for t in group
                 ],
                 "y": [floor if outcome == "diverged" else t.accuracy for t in group],
                 "text": [_hover(t, entry.name) for t in group],
@@ -637,7 +639,7 @@ def _slice_points(
 def _searched_axis(name: str, space: Range) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": name}}
     if space.choices:
-        texts = [_plain(str(choice)) for choice in space.choices]
+        texts = [_plain(written(choice)) for choice in space.choices]
         return {**axis, "type": "category", "categoryorder": "array", "categoryarray": texts}
     return {**axis, "type": "log", **_log_ticks()} if space.log else axis
 

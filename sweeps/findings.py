@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeps.config import TrialConfig, Value
+from sweeps.config import TrialConfig, Value, written
 from sweeps.progress import describe_params
 from sweeps.report import answer_note, short_name
 from sweeps.spec import SweepSpec
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-DATASET_IMAGES = {"cifar10": (50_000, 10_000), "digits": (1_347, 450)}
+DATASET_IMAGES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "digits": (1_347, 450),
+}
 """Training and test images of the data sets whose size is known without loading them."""
 
 FEWEST_FOR_IMPORTANCE = 8
@@ -302,7 +306,7 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
                     "number": trial.number,
                     "outcome": trial.outcome,
                     "label": trial.label,
-                    **{name: params.get(name, "") for name in searched},
+                    **{name: _cell(params.get(name, "")) for name in searched},
                     "accuracy": trial.accuracy,
                     "epochs": trial.step,
                     "seconds": trial.seconds,
@@ -310,3 +314,7 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
                 }
             )
     return columns, rows
+
+
+def _cell(value: Value) -> Value:
+    return written(value) if isinstance(value, bool) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data.batches import DeviceBatches, channel_statistics, normalise
 from data.sources import Dataset, load_dataset, split_train
 from data.splits import split_devices
-from models import build_model, parameter_groups
+from models import build_model, classifier_parameters, parameter_groups
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig, Value
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
@@ -62,7 +62,7 @@ class _Prepared:
     std: list[float]
     val_images: list[Tensor]
     val_labels: Tensor
-    guess_loss: float
+    class_shares: list[float]
 
 
 class Objective:
@@ -204,6 +204,8 @@ class Objective:
             prepared.train_labels,
             prepared.shards,
             global_batch_size=config.global_batch_size,
+            devices_per_round=None if config.participation == 1 else config.devices_per_round,
+            steps_per_round=config.local_steps,
             seed=seed,
             augment=config.augment,
             crop_padding=config.crop_padding,
@@ -218,19 +220,27 @@ class Objective:
     ) -> Training:
         model, batches = self._model(config, seed), self._batches(config, seed)
         prepared = self._prepare(config)
-        clip = config.clip_grad_norm
+        clip, agc = config.clip_grad_norm, config.agc_clip_factor
         settings = SGDSettings(
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             decay_scalars=config.weight_decay_on == "all",
             scalar_lr_factor=config.scalar_lr_factor,
             clip_grad_norm=None if isinstance(clip, str) else clip,
+            nesterov=config.nesterov,
+            lars_trust_coefficient=config.lars_trust_coefficient
+            if config.optimizer == "lars"
+            else None,
+            agc_clip_factor=None if isinstance(agc, str) else agc,
+            label_smoothing=config.label_smoothing,
         )
         dtype = _autocast_dtype(config, self._device)
-        groups = parameter_groups(model)
+        groups, classifier = parameter_groups(model), classifier_parameters(model)
         algorithm: SynchronousSGD | FederatedAveraging
         if config.algorithm == "sync-sgd":
-            algorithm = SynchronousSGD(model, groups, settings, autocast_dtype=dtype)
+            algorithm = SynchronousSGD(
+                model, groups, settings, classifier=classifier, autocast_dtype=dtype
+            )
         else:
             algorithm = FederatedAveraging(
                 model,
@@ -243,6 +253,7 @@ class Objective:
                 if config.average_weights == "images"
                 else None,
                 class_counts=_class_counts(prepared, len(self._dataset.classes)),
+                classifier=classifier,
                 autocast_dtype=dtype,
             )
         updates = batches.updates_per_epoch
@@ -255,7 +266,11 @@ class Objective:
             plateau_factor=config.plateau_factor,
             plateau_patience=config.plateau_patience,
             plateau_threshold=config.plateau_threshold,
+            warmup_shape=config.warmup_shape,
+            exponential_gamma=config.exponential_gamma,
+            updates_per_epoch=updates,
         )
+        perfect = [1.0, *[0.0] * (len(self._dataset.classes) - 1)]
         return Training(
             algorithm=algorithm,
             batches=batches,
@@ -267,8 +282,9 @@ class Objective:
             ),
             schedule=schedule,
             epochs=config.epochs,
-            guess_loss=prepared.guess_loss,
+            guess_loss=_smoothed_entropy(prepared.class_shares, config.label_smoothing),
             untrained_loss=math.log(len(self._dataset.classes)),
+            least_loss=_smoothed_entropy(perfect, config.label_smoothing),
             should_stop=should_stop,
         )
 
@@ -276,7 +292,7 @@ class Objective:
         identity = (
             config.num_train_images, config.validation, config.validation_fraction,
             config.split_seed, config.split, config.num_devices, config.classes_per_device,
-            config.assignment, config.alpha, config.min_images_per_device,
+            config.assignment, config.alpha, config.min_images_per_device, config.shared_images,
             _memory_format(config, self._device),
         )  # fmt: skip
         if self._prepared is None or self._prepared[0] != identity:
@@ -305,6 +321,7 @@ class Objective:
             assignment=config.assignment,
             alpha=config.alpha,
             min_images_per_device=config.min_images_per_device,
+            shared_images=config.shared_images,
         )
         train_images = source.train_images[torch.from_numpy(train)]
         mean, std = channel_statistics(train_images)
@@ -318,7 +335,7 @@ class Objective:
             normalise(batch.to(self._device), mean, std, channels_last=channels_last)
             for batch in val_images.split(EVALUATION_BATCH)
         ]
-        shares = np.bincount(labels[train]) / len(train)
+        shares = np.bincount(labels[train], minlength=len(source.classes)) / len(train)
         return _Prepared(
             train_images=train_images.to(self._device),
             train_labels=source.train_labels[torch.from_numpy(train)].to(self._device),
@@ -327,7 +344,7 @@ class Objective:
             std=std,
             val_images=batches,
             val_labels=val_labels.to(self._device),
-            guess_loss=-sum(float(p) * math.log(p) for p in shares if p > 0),
+            class_shares=shares.tolist(),
         )
 
 
@@ -368,6 +385,12 @@ def _class_counts(prepared: _Prepared, num_classes: int) -> list[list[int]]:
     """Images of each class on each device."""
     labels = prepared.train_labels.cpu().numpy()
     return [np.bincount(labels[s], minlength=num_classes).tolist() for s in prepared.shards]
+
+
+def _smoothed_entropy(shares: Sequence[float], smoothing: float) -> float:
+    """Entropy of a distribution over classes once labels are smoothed, in nats."""
+    smoothed = [(1 - smoothing) * p + smoothing / len(shares) for p in shares]
+    return -sum(q * math.log(q) for q in smoothed if q > 0)
 
 
 def _federated_settings(config: TrialConfig) -> FederatedSettings:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sweeps.config import Value
+from sweeps.config import Value, written
 from sweeps.status import SweepStatus, TrialStatus
 
 
@@ -150,7 +150,7 @@ def describe(trial: TrialStatus) -> str:
 def describe_params(params: Mapping[str, Value]) -> str:
     """Settings as `name=value`, numbers to four digits."""
     return " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={written(value)}"
         for name, value in params.items()
     )
 

@@ -119,7 +119,23 @@ def outcome_lines(status: SweepStatus) -> list[str]:
         line = f"{study.name}: {study.finished} of {study.budget} trials; " + ", ".join(counts)
         lines.append(line)
         lines.extend(f"  #{t.number} {t.outcome}: {t.reason}" for t in study.trials if t.reason)
+    if status.spent:
+        left = sum(max(0, study.budget - study.finished) for study in status.studies)
+        lines.append(
+            f"the budget {status.spent} is spent, with {left} trials not finished; raised with "
+            "--set, they go on"
+        )
     return lines
+
+
+def disk_line(name: str, storage_url: str) -> str:
+    """What the checkpoints of a sweep hold of this machine's disk."""
+    from storage.checkpoints import CheckpointStore, default_checkpoint_dir
+
+    checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
+    count, used = checkpoints.disk_usage(f"{name}/")
+    files = "1 checkpoint" if count == 1 else f"{count} checkpoints"
+    return f"{files} of {used / 1e6:.1f} MB in {checkpoints.root}"
 
 
 def _accuracy(trial: TrialStatus) -> str:

@@ -27,13 +27,15 @@ from storage.engine import (
 from storage.trials import TrialQueue, with_retries
 from sweeps import search
 from sweeps.config import Value
+from sweeps.edits import Edit
 from sweeps.errors import SpecError, SweepError
 from sweeps.launch import LocalWorkers, Slot, plan_slots
+from sweeps.limits import request_stop, stops
 from sweeps.objective import Objective, dataset_identity, open_dataset, prepare_process
 from sweeps.progress import open_view
-from sweeps.report import answer_table, outcome_lines
+from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
-from sweeps.status import SweepStatus, read_status
+from sweeps.status import SweepStatus, TrialStatus, read_status
 from sweeps.studies import create_or_resume, shown_url, stored_names, stored_sweep
 from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
 
@@ -51,6 +53,7 @@ def run_sweep(
     *,
     data_dir: Path | None,
     workers: int | None,
+    add_trials: int = 0,
     again: str,
     out: Console,
     err: Console,
@@ -62,6 +65,7 @@ def run_sweep(
         storage_url: where the studies are or go.
         data_dir: where the data set is, None for its usual place.
         workers: how many processes, None for as many as suit the machine.
+        add_trials: by how many the budget of each stored study grows.
         again: the command that goes on after an interruption.
         out: gets the answer.
         err: gets the progress.
@@ -72,13 +76,14 @@ def run_sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search.check(spec)
     check_url(storage_url)
-    if (done := _already_done(spec, storage_url)) is not None:
+    if not add_trials and (done := _already_done(spec, storage_url)) is not None:
         _print_answer(done, storage_url, again, out)
         return _done_code(done, err)
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
     with exclusive(store, storage_url):
-        create_or_resume(store, spec, fingerprints)
+        changed = create_or_resume(store, spec, fingerprints, add_trials=add_trials)
+    _print_edits(changed, spec.name, err)
     watcher = open_storage(storage_url, read_only=True)
 
     def read() -> SweepStatus:
@@ -92,18 +97,22 @@ def run_sweep(
         _opening(status, storage_url, len(slots)), highlight=False, markup=False, soft_wrap=True
     )
     code = 0
+    stops_before = stops(watcher, stored_sweep(watcher, spec.name))
     if not status.done:
-        code = _run_workers(spec.name, store, storage_url, data_dir, slots, read, err)
+        code = _run_workers(spec.name, store, storage_url, data_dir, slots, read, err, stops_before)
     status = read()
+    stopped = stops(watcher, stored_sweep(watcher, spec.name)) != stops_before
     close_storage(watcher, storage_url)
     close_storage(store, storage_url)
     _print_answer(status, storage_url, again, out)
-    return _done_code(status, err) if status.done else code
+    if status.done:
+        return _done_code(status, err)
+    return 130 if stopped else code
 
 
 def _done_code(status: SweepStatus, err: Console) -> int:
     """The exit status of a sweep that has met its budget: 1 if a study has failed trials only."""
-    hopeless = [s.name for s in status.studies if s.count("failed") == s.finished]
+    hopeless = [s.name for s in status.studies if s.finished and s.count("failed") == s.finished]
     if hopeless:
         err.print(
             f"sweep: every trial failed in {', '.join(hopeless)}; the reasons stand above",
@@ -139,6 +148,7 @@ def _run_workers(
     slots: list[Slot],
     read: Callable[[], SweepStatus],
     err: Console,
+    stops_before: int,
 ) -> int:
     """Run worker processes until they end; show what they do.
 
@@ -161,7 +171,8 @@ def _run_workers(
         TrialQueue(store, worker_id=new_worker_id("start")).requeue_abandoned(study_ids)
     if signals.received:
         return 130
-    if not read().done:
+    stored = stored_sweep(store, name)
+    if not read().done and stops(store, stored) == stops_before:
         err.print(
             f"sweep: workers ended with status {', '.join(map(str, codes))} before the budget "
             "was met; what they said stands above",
@@ -200,6 +211,51 @@ def run_worker(
     )
     checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
     Worker(store, checkpoints, name, options, stop).run()
+
+
+def stop_sweep(name: str, storage_url: str, *, wait: float, err: Console) -> int:
+    """Ask all workers of a sweep to end, and wait for them.
+
+    Args:
+        name: of the sweep.
+        storage_url: where it is.
+        wait: seconds to wait for running trials to go back to the queue.
+        err: gets a line of what happened.
+
+    Returns:
+        The exit status: 0 if no trial is running any more, 1 if some still are.
+
+    Raises:
+        SweepError: the sweep is not in the store.
+    """
+    watcher = open_storage(storage_url, read_only=True)
+    sweep = stored_sweep(watcher, name)
+
+    def running() -> list[TrialStatus]:
+        status = with_retries(lambda: read_status(watcher, sweep))
+        return [t for study in status.studies for t in study.trials if t.outcome == "running"]
+
+    asked = running()
+    store = open_storage(storage_url)
+    request_stop(store, sweep)
+    deadline = time.monotonic() + wait
+    while (left := running()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    close_storage(watcher, storage_url)
+    close_storage(store, storage_url)
+    if left:
+        holders = ", ".join(sorted({trial.worker for trial in left}))
+        line = (
+            f"{name}: {_plural(len(left), 'trial')} still running after {wait:g} s ({holders}); a "
+            "worker that is gone loses its trial when its lease runs out"
+        )
+    else:
+        done = _plural(len(asked), "trial")
+        line = f"{name}: stopped; {done} went back to the queue; sweep start {name} goes on"
+        if not asked:
+            line = f"{name}: no trial was running; workers that wait will end"
+    err.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 1 if left else 0
 
 
 class _Signals:
@@ -251,7 +307,8 @@ def _supervise(
 # Settings that the splits or the models may refuse.
 STRUCTURAL = (
     "model", "width_factor", "norm", "num_groups", "batch_statistics", "num_devices", "split",
-    "classes_per_device", "assignment", "alpha", "min_images_per_device", "algorithm",
+    "classes_per_device", "assignment", "alpha", "min_images_per_device", "shared_images",
+    "algorithm",
 )  # fmt: skip
 MAX_STRUCTURES = 64
 
@@ -306,6 +363,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _print_edits(changed: list[Edit], name: str, err: Console) -> None:
+    if changed:
+        lines = [f"{name} was begun with other settings; from now on:", *map(str, changed)]
+        err.print("\n  ".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
 def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
     finished = sum(study.finished for study in status.studies)
     total = sum(study.budget for study in status.studies)
@@ -326,7 +389,7 @@ def _plural(count: int, one: str, many: str | None = None) -> str:
 def _print_answer(status: SweepStatus, storage_url: str, again: str, out: Console) -> None:
     out.print()
     out.print(answer_table(status))
-    for line in outcome_lines(status):
+    for line in (*outcome_lines(status), disk_line(status.name, storage_url)):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     where = shlex.join(["--storage", shown_url(storage_url)])
     lines = {

@@ -12,8 +12,9 @@ A file has `title`, `question`, `source`, and the tables
 - `[workers]`: what a worker process is given;
 - `[quick]`: what `--quick` overrides in all of the above.
 
-Presets and users' files go through the same parser. A parsed spec is stored with each study
-as JSON, so that a worker needs the store and nothing else.
+`extends = "NAME"`, a preset or a file, starts from that sweep's tables and overrides them as
+`[quick]` does. Presets and users' files go through the same parser. A parsed spec is stored with
+each study as JSON, so that a worker needs the store and nothing else.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sweeps.config import Setting, TrialConfig, Value
+from sweeps.config import Setting, TrialConfig, Value, written
 from sweeps.errors import SpecError, nearest
 
 SECTIONS = ("train", "each", "search", "try", "sampler", "pruner", "budget", "workers", "quick")
 TEXTS = ("title", "question", "source")
 TRY_WORDS = ("label", "when")
+
+KEEP_CHECKPOINTS = ("best", "all", "none")
+
+MAX_COUNT = 10**12
+MAX_HOURS = 10.0**6
 
 MAX_EDGES = 4096
 """Combinations of a search space's edges that are checked before anything runs."""
@@ -82,7 +88,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
+            return "one of " + ", ".join(map(written, self.choices))
         step = f" in steps of {self.step:g}" if self.step is not None else ""
         return f"{self.low:g} to {self.high:g}{step}{' (log)' if self.log else ''}"
 
@@ -121,14 +127,26 @@ class Try:
 class Budget:
     """How much may be spent.
 
+    Whichever of `trials`, `hours` and `epochs_total` is met first ends the sweep. The latter two
+    end it after the running epochs: trials that are not finished then keep their checkpoints,
+    and go on when the budget is raised.
+
     Attributes:
         trials: trials of each study.
         seeds: trainings of each trial, with the seeds `seed`, `seed + 1`, …; the trial's value
             is their mean.
+        hours: wall-clock time in which at least one worker was at work, over all starts; None
+            sets no limit.
+        epochs_total: epochs of all trials of all studies together; None sets no limit.
+        keep_checkpoints: whose last checkpoint stays when a trial is finished: that of the
+            "best" complete trial of each study, of "all" complete trials, or of "none".
     """
 
     trials: int = 20
     seeds: int = 1
+    hours: float | None = None
+    epochs_total: int | None = None
+    keep_checkpoints: str = "best"
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,9 @@ class SweepSpec:
         """The Optuna study of `cell`, such as `fixup-largebatch/global_batch_size=1024`."""
         if not cell:
             return self.name
-        return f"{self.name}/" + ",".join(f"{name}={value}" for name, value in cell.items())
+        return f"{self.name}/" + ",".join(
+            f"{name}={written(value)}" for name, value in cell.items()
+        )
 
     def study_names(self) -> list[str]:
         """One name for each cell, in their order."""
@@ -204,7 +224,7 @@ class SweepSpec:
             ],
             "sampler": dict(self.sampler),
             "pruner": dict(self.pruner),
-            "budget": dataclasses.asdict(self.budget),
+            "budget": {k: v for k, v in dataclasses.asdict(self.budget).items() if v is not None},
             "workers": dataclasses.asdict(self.workers),
         }
 
@@ -264,8 +284,8 @@ class SweepSpec:
             tries=tries,
             sampler=_parse_component(_table(table, "sampler"), "sampler", "TPESampler"),
             pruner=_parse_component(_table(table, "pruner"), "pruner", "MedianPruner"),
-            budget=Budget(**_parse_counts(table, "budget", Budget)),
-            workers=WorkerShare(**_parse_counts(table, "workers", WorkerShare)),
+            budget=Budget(**_parse_limits(table, "budget", Budget)),
+            workers=WorkerShare(**_parse_limits(table, "workers", WorkerShare)),
             **texts,
         )
 
@@ -307,11 +327,27 @@ def load(
 
 
 def read_table(name: str) -> tuple[dict[str, Any], str]:
-    """Parse a preset or a file, unchecked; return it with the name of the sweep.
+    """Parse a preset or a file and what it extends, unchecked; return it and the sweep's name.
 
     Raises:
-        SpecError: if it does not exist or is not TOML.
+        SpecError: if one of them does not exist or is not TOML, or they extend each other.
     """
+    table, found = _read_one(name)
+    read = [name]
+    while "extends" in table:
+        base = table.pop("extends")
+        if not isinstance(base, str):
+            raise SpecError(f"extends = {base!r} is not the name of a preset or a file")
+        if base.endswith(".toml"):
+            base = str(Path(read[-1]).parent / base)
+        if base in read:
+            raise SpecError(f"{' extends '.join([*read, base])}: a sweep cannot extend itself")
+        read.append(base)
+        table = _overlay(_without_moved(_read_one(base)[0], table), table)
+    return table, found
+
+
+def _read_one(name: str) -> tuple[dict[str, Any], str]:
     if name.endswith(".toml"):
         path = Path(name)
         try:
@@ -449,6 +485,8 @@ def _parse_range(name: str, setting: Setting, given: Mapping[str, Any]) -> Range
         return Range(choices=checked)
     if setting.kind is str:
         raise SpecError(f"{where} is a name, so it takes choices = […]")
+    if setting.kind is bool:
+        raise SpecError(f"{where} is true or false, so it takes choices = [true, false]")
     missing = [key for key in ("low", "high") if key not in given]
     if missing:
         raise SpecError(f"{where} lacks {' and '.join(missing)} (or choices)")
@@ -547,16 +585,30 @@ def _parse_component(table: Mapping[str, Any], section: str, default: str) -> di
     return parsed
 
 
-def _parse_counts(table: Mapping[str, Any], section: str, kind: type) -> Mapping[str, int]:
-    """A section whose keys are the fields of a dataclass, whole numbers from 1."""
+def _parse_limits(table: Mapping[str, Any], section: str, kind: type) -> dict[str, Any]:
+    """A section whose keys are the fields of a dataclass."""
     accepted = [f.name for f in dataclasses.fields(kind)]
-    counts = _table(table, section)
-    for key, value in counts.items():
+    limits = dict(_table(table, section))
+    for key, value in limits.items():
         if key not in accepted:
             raise SpecError(f"[{section}] has no key {key!r}; {nearest(key, accepted)}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"[{section}] {key} = {value!r} is not a whole number from 1")
-    return counts
+        limits[key] = _parse_limit(f"[{section}] {key}", key, value)
+    return limits
+
+
+def _parse_limit(where: str, key: str, value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "keep_checkpoints":
+        if value not in KEEP_CHECKPOINTS:
+            accepted = " | ".join(map(repr, KEEP_CHECKPOINTS))
+            raise SpecError(f"{where} = {value!r} is not accepted; accepted: {accepted}")
+    elif key == "hours":
+        if not number or not 0 < value <= MAX_HOURS:
+            raise SpecError(f"{where} = {value!r} is not a number above 0")
+        return float(value)
+    elif not number or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+        raise SpecError(f"{where} = {value!r} is not a whole number from 1")
+    return value
 
 
 def _check_cells(spec: SweepSpec) -> None:
@@ -579,7 +631,7 @@ def _check_cells(spec: SweepSpec) -> None:
                 spec.config(cell, params)
             except SpecError as error:
                 names = [name for name in params if name in str(error)]
-                where = ", ".join(f"{name} = {params[name]}" for name in names)
+                where = ", ".join(f"{name} = {written(params[name])}" for name in names)
                 reached = f" ([search] or [[try]] reaches {where})" if where else ""
                 raise SpecError(f"{error}{reached}") from error
 
@@ -596,6 +648,9 @@ def _overlay(table: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, 
     """
     merged = copy.deepcopy(dict(table))
     for section, value in overlay.items():
+        if section == "quick" and isinstance(merged.get(section), dict) and isinstance(value, dict):
+            merged[section] = _overlay(merged[section], value)
+            continue
         whole = section in ("each", "try") or not isinstance(value, dict)
         base = merged.get(section)
         if (
@@ -607,6 +662,24 @@ def _overlay(table: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, 
         else:
             base.update(copy.deepcopy(value))
     return merged
+
+
+def _without_moved(base: dict[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of `base` the settings that `table` has in another section of its own."""
+    places = {section: _names_in(table.get(section)) for section in ("train", "each", "search")}
+    left = dict(base)
+    for part in (left, left["quick"] if isinstance(left.get("quick"), dict) else {}):
+        for section in ("train", "search"):
+            if isinstance(part.get(section), dict):
+                moved = set().union(*(names for s, names in places.items() if s != section))
+                part[section] = {k: v for k, v in part[section].items() if k not in moved}
+    return left
+
+
+def _names_in(section: Any) -> set[str]:
+    if isinstance(section, dict):
+        return set(section)
+    return {name for row in section for name in row} if isinstance(section, list) else set()
 
 
 def _override(table: dict[str, Any], text: str) -> None:

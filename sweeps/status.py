@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
+from sweeps.limits import spent
 from sweeps.spec import SweepSpec
 from sweeps.studies import LABEL, StoredSweep, SweepStudy
 
@@ -101,6 +102,7 @@ class SweepStatus:
     Attributes:
         searched: the settings that the sampler suggests.
         seeds: trainings that a trial's accuracy is the mean of.
+        spent: which budget of time or epochs is spent, or "".
     """
 
     name: str
@@ -109,11 +111,12 @@ class SweepStatus:
     searched: Sequence[str]
     seeds: int
     studies: Sequence[StudyStatus]
+    spent: str = ""
 
     @property
     def done(self) -> bool:
-        """Whether every study has met its budget."""
-        return all(study.finished >= study.budget for study in self.studies)
+        """Whether a budget is met: every study's trials, or the sweep's time or epochs."""
+        return bool(self.spent) or all(study.finished >= study.budget for study in self.studies)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: counts by outcome, budget, best value and parameters of each study."""
@@ -124,6 +127,7 @@ class SweepStatus:
             "searched": list(self.searched),
             "seeds": self.seeds,
             "done": self.done,
+            "spent": self.spent,
             "studies": [
                 {
                     "name": study.name,
@@ -152,6 +156,7 @@ def read_status(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
         searched=list(spec.search),
         seeds=spec.budget.seeds,
         studies=[_read_study(store, spec, study) for study in sweep.studies],
+        spent=spent(store, sweep),
     )
 
 

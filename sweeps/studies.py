@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sweeps.config import Value
+from sweeps.config import Value, written
+from sweeps.edits import Edit, edits
 from sweeps.errors import SpecError, SweepError, nearest
-from sweeps.spec import SweepSpec, Try, differences
+from sweeps.spec import SweepSpec, Try
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -22,6 +23,8 @@ POSITION = "position"
 FINGERPRINT = "data_fingerprint"
 READY = "ready"
 LABEL = "label"
+ADDED = "added_trials"
+"""Trials of each study beyond the spec's budget; kept with the first study."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class SweepStudy:
         study_id: Optuna's own.
         name: as the dashboard shows it.
         cell: the enumerated settings of this study.
-        budget: trials that it may run.
+        budget: trials that it may run: the spec's and those that were added to it.
         fingerprint: SHA-256 of the images and labels that its trials train on.
     """
 
@@ -72,14 +75,15 @@ def stored_sweep(store: BaseStorage, name: str) -> StoredSweep:
     found = parts.get(name, {})
     if not _is_whole(found):
         names = [other for other, its in parts.items() if _is_whole(its)]
-        raise SweepError(f"the store has no sweep {name!r}; {nearest(name, names)}")
+        hint = nearest(name, names) if names else "it holds none; sweep start begins one"
+        raise SweepError(f"the store has no sweep {name!r}; {hint}")
     spec = SweepSpec.from_dict(found[0].user_attrs[SPEC])
     studies = [
         SweepStudy(
             study._study_id,
             study.study_name,
             study.user_attrs[CELL],
-            study.user_attrs[SPEC]["budget"]["trials"],
+            spec.budget.trials + found[0].user_attrs.get(ADDED, 0),
             study.user_attrs[FINGERPRINT],
         )
         for _, study in sorted(found.items())
@@ -103,34 +107,54 @@ def _is_whole(parts: Mapping[int, FrozenStudy]) -> bool:
 
 
 def create_or_resume(
-    store: BaseStorage, spec: SweepSpec, fingerprints: Sequence[str]
-) -> StoredSweep:
+    store: BaseStorage, spec: SweepSpec, fingerprints: Sequence[str], *, add_trials: int = 0
+) -> list[Edit]:
     """Create the studies of a sweep, or go on with those that are there.
 
-    A creation that was cut short is completed. Another number of trials, added `[[try]]`
-    entries, the workers' share and new texts are taken over; anything that changes what a trial
-    is, or what it is compared with, is refused. The caller sees to it that one process does
-    this at a time.
+    A creation that was cut short is completed. What may change of a spec (see `sweeps.edits`) is
+    taken over. The caller sees to it that one process does this at a time.
 
     Args:
         store: where the studies are.
         spec: what is wanted.
         fingerprints: of the images of each cell, in their order.
+        add_trials: by how many the budget of each study grows. A later start with the same
+            `trials` keeps them; one with others replaces them.
+
+    Returns:
+        What differs from the stored spec, empty for a new sweep.
 
     Raises:
         SpecError: if the stored spec differs in what may not change, or has no room for a new
-            `[[try]]`.
+            `[[try]]`, or trials are to be added to a sweep that is not in the store.
         SweepError: if the sweep was begun on other images, or a study of its name is not its.
     """
     parts = _parts(store).get(spec.name, {})
+    if add_trials and not _is_whole(parts):
+        raise SpecError(
+            f"--add-trials {add_trials} extends a sweep that is in the store, and {spec.name} is "
+            "not yet; set its budget with --set trials=N"
+        )
+    before = parts[0].user_attrs.get(ADDED, 0) if 0 in parts else 0
+    changed: list[Edit] = []
+    for study in parts.values():
+        changed = edits(SweepSpec.from_dict(study.user_attrs[SPEC]), spec) or changed
+    # A budget that is edited says how many there are, those added before included.
+    edited = any(edit.key == "budget.trials" for edit in changed)
+    added = add_trials + (0 if edited else before)
     for position, study in sorted(parts.items()):
-        _refuse_changes(SweepSpec.from_dict(study.user_attrs[SPEC]), spec)
         check_fingerprint(study.study_name, study.user_attrs[FINGERPRINT], fingerprints[position])
         if READY in study.user_attrs:
-            _refuse_tries_without_room(store, spec, position, study._study_id)
+            room = spec.budget.trials + added
+            _refuse_tries_without_room(store, spec, position, study._study_id, room)
     for position, fingerprint in enumerate(fingerprints):
         _create_study(store, spec, position, fingerprint)
-    return stored_sweep(store, spec.name)
+    if added != before:
+        store.set_study_user_attr(parts[0]._study_id, ADDED, added)
+    if add_trials:
+        budget = spec.budget.trials + added
+        changed.append(Edit("trials", budget - add_trials, budget, "of each study from now on"))
+    return changed
 
 
 def shown_url(storage_url: str) -> str:
@@ -154,28 +178,6 @@ def check_fingerprint(study_name: str, stored: str, here: str) -> None:
         )
 
 
-def _refuse_changes(stored: SweepSpec, wanted: SweepSpec) -> None:
-    """Refuse a spec that changes what the stored trials are, naming each difference."""
-    free = ("title", "question", "source", "budget.trials", "workers.threads", "try")
-    changed = {
-        key: values for key, values in differences(stored, wanted).items() if key not in free
-    }
-    if not changed:
-        for cell in stored.cells:
-            before = {t.label: t for t in stored.tries if t.applies_to(cell)}
-            for attempt in wanted.tries:
-                known = before.get(attempt.label)
-                if known and attempt.applies_to(cell) and known.params != attempt.params:
-                    changed[f"[[try]] {attempt.label}"] = (known.params, attempt.params)
-    if changed:
-        shown = "; ".join(f"{key}: stored {a!r}, now {b!r}" for key, (a, b) in changed.items())
-        raise SpecError(
-            f"{wanted.name} is in the store with other settings ({shown}); these decide what a "
-            "trial is, so repeat the options it was begun with, or begin anew under another "
-            "--name"
-        )
-
-
 def _missing_tries(
     store: BaseStorage, spec: SweepSpec, position: int, study_id: int
 ) -> tuple[list[Try], int]:
@@ -188,15 +190,15 @@ def _missing_tries(
 
 
 def _refuse_tries_without_room(
-    store: BaseStorage, spec: SweepSpec, position: int, study_id: int
+    store: BaseStorage, spec: SweepSpec, position: int, study_id: int, room: int
 ) -> None:
     tries, begun = _missing_tries(store, spec, position, study_id)
     needed = begun + len(tries)
-    if tries and needed > spec.budget.trials:
+    if tries and needed > room:
         raise SpecError(
             f"[[try]] {tries[0].label!r} is new, and {spec.study_name(spec.cells[position])} "
-            f"has begun {begun} of its {spec.budget.trials} trials; raise the budget with --set "
-            f"trials={needed}"
+            f"has begun {begun} of its {room} trials; raise the budget with --add-trials "
+            f"{needed - room}"
         )
 
 
@@ -250,7 +252,7 @@ def _validation(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
 
 def _note(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
     """What optuna-dashboard shows of a study: the question, where it comes from, the sweep."""
-    here = ", ".join(f"{name} = {value}" for name, value in cell.items())
+    here = ", ".join(f"{name} = {written(value)}" for name, value in cell.items())
     parts = [
         f"## {spec.title or spec.name}",
         spec.question,

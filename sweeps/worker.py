@@ -33,6 +33,7 @@ from storage.trials import Claim, LeaseLostError, TrialQueue, with_retries
 from sweeps import search
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
+from sweeps.limits import Session, spent, stops
 from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
 from sweeps.status import CURVES, OUTCOME, PROVENANCE, REASON, SECONDS
 from sweeps.studies import LABEL, StoredSweep, SweepStudy, check_fingerprint, stored_sweep
@@ -49,6 +50,12 @@ MAX_FAILURES = 2
 MAX_DEATHS = 3
 """A trial whose workers died this often without completing one more epoch (killed for memory,
 say) is told as failed."""
+
+STOP_GRACE_SECONDS = 7.0
+"""A worker that was told to stop and is still in the same update after this long ends at once."""
+
+SIGN_SECONDS = 2.0
+"""How often a worker in a trial looks whether it was told to stop."""
 
 SAME_FAILURES = 3
 """Trials in a row that failed alike, after which a worker gives up: the sweep is at fault."""
@@ -76,9 +83,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
+        self.exit_code = 0
+        """What the process is to exit with once it has stopped."""
 
-    def set(self) -> None:
+    def set(self, exit_code: int = 0) -> None:
         """Ask to stop."""
+        self.exit_code = exit_code
         self._asked = True
 
     def is_set(self) -> bool:
@@ -134,17 +144,25 @@ class Worker:
         )
         self._objectives: dict[tuple[Value, ...], Objective] = {}
         self._failures: list[str] = []
+        self._session: Session | None = None
+        self._stops = 0
 
     def run(self) -> None:
-        """Pull trials until the budget is met or `stop` is set.
+        """Pull trials until a budget is met, `stop` is set, or the sweep is told to stop.
 
         Raises:
             SweepError: the sweep is not in the store, its data set is another one here, or
                 trial after trial fails alike.
             DataError: the data set is missing or broken.
         """
+        sweep = with_retries(lambda: stored_sweep(self._store, self._name))
+        self._session = Session(self._store, sweep, self._options.worker_id)
+        self._stops = with_retries(lambda: stops(self._store, sweep))
         while not self._stop.is_set():
             sweep = with_retries(lambda: stored_sweep(self._store, self._name))
+            self._look_for_request(sweep)
+            if self._spent(sweep):
+                return
             studies = [(study.study_id, study.budget) for study in sweep.studies]
             claim = self._queue.claim(studies)
             if claim is None:
@@ -154,18 +172,42 @@ class Worker:
                 time.sleep(self._options.poll_seconds)
                 continue
             study = next(s for s in sweep.studies if s.study_id == claim.study_id)
-            with self._leased(claim) as lost:
+            with self._leased(sweep, claim) as lost:
                 self._run_claim(sweep, study, claim, lost)
 
+    def _spent(self, sweep: StoredSweep) -> bool:
+        """Whether the sweep's time or epochs are used up."""
+        return bool(with_retries(lambda: spent(self._store, sweep, self._session)))
+
+    def _look_for_request(self, sweep: StoredSweep) -> None:
+        """Stop if the store says so (`sweep stop`)."""
+        if with_retries(lambda: stops(self._store, sweep)) != self._stops:
+            self._stop.set()
+
     @contextlib.contextmanager
-    def _leased(self, claim: Claim) -> Iterator[threading.Event]:
-        """Renew the claim's lease from a thread of its own; the event says that it was lost."""
+    def _leased(self, sweep: StoredSweep, claim: Claim) -> Iterator[threading.Event]:
+        """Renew the claim's lease from a thread of its own; the event says that it was lost.
+
+        The thread also writes down that the worker is at work, hears of requests to stop, and
+        ends the process when one is not met in time.
+        """
         lost, done = threading.Event(), threading.Event()
+        assert self._session is not None
+        session = self._session
+        between_beats = self._options.lease_seconds / 4
+        with_retries(session.record)
 
         def keep() -> None:
-            while not done.wait(self._options.lease_seconds / 4):
+            beat = time.monotonic()
+            while not done.wait(min(SIGN_SECONDS, between_beats)):
                 try:
-                    self._queue.renew(claim)
+                    self._look_for_request(sweep)
+                    if self._stop.is_set():
+                        self._end_in_time(claim, done)
+                    if time.monotonic() >= beat + between_beats:
+                        beat = time.monotonic()
+                        self._queue.renew(claim)
+                        with_retries(session.record)
                 except Exception as error:
                     if not isinstance(error, LeaseLostError):
                         logger.error("cannot renew the lease: %s", _first_line(error))
@@ -179,6 +221,19 @@ class Worker:
         finally:
             done.set()
             thread.join()
+            with_retries(session.record)
+
+    def _end_in_time(self, claim: Claim, done: threading.Event) -> None:
+        """Wait for the running update; end the process if it takes too long.
+
+        Nothing is lost by it: only completed epochs are kept in any case.
+        """
+        if done.wait(STOP_GRACE_SECONDS):
+            return
+        release = threading.Thread(target=self._queue.release, args=(claim,), daemon=True)
+        release.start()
+        release.join(timeout=1.0)  # a store that does not answer must not hold the process
+        os._exit(self._stop.exit_code)
 
     def _run_claim(
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim, lost: threading.Event
@@ -196,7 +251,7 @@ class Worker:
             trial, config = self._begin(sweep, study, claim)
             objective = self._objective(study, config)
             last_step = config.epochs * sweep.spec.budget.seeds
-            reporter = self._reporter(claim, trial, objective, config, key, last_step)
+            reporter = self._reporter(sweep, claim, trial, objective, config, key, last_step)
             value = objective.run(
                 config,
                 seeds=sweep.spec.budget.seeds,
@@ -223,10 +278,14 @@ class Worker:
             if _breaks_device(error):
                 self._queue.release(claim)
                 raise SweepError(f"the device failed: {_first_line(error)}") from error
-            if self._retry_after(error, claim):
-                return
-            state = TrialState.FAIL
             attrs = {OUTCOME: "failed", REASON: _first_line(error), ERROR: traceback.format_exc()}
+            if _out_of_memory(error):
+                # Told as pruned, so that the sampler keeps away from the like of it.
+                attrs[REASON] = f"out of memory: {_first_line(error)}"
+            elif self._retry_after(error, claim):
+                return
+            else:
+                state = TrialState.FAIL
         if state == TrialState.PRUNED and reporter is not None:
             value = reporter.last_score
         attrs[SECONDS] = round(time.monotonic() - started, 3)
@@ -235,8 +294,27 @@ class Worker:
                 "%s #%d went to another worker; result dropped", study.name, claim.number
             )
             return
-        self._checkpoints.delete(key)
-        self._note_failure(attrs if state == TrialState.FAIL else None)
+        self._tidy_checkpoints(sweep, study, claim, state)
+        self._note_failure(attrs if attrs[OUTCOME] == "failed" else None)
+
+    def _tidy_checkpoints(
+        self, sweep: StoredSweep, study: SweepStudy, claim: Claim, state: TrialState
+    ) -> None:
+        """Keep of a finished trial's checkpoint, and of those before it, what the rule says."""
+        keep = sweep.spec.budget.keep_checkpoints
+        if state != TrialState.COMPLETE or keep == "none":
+            self._checkpoints.delete(f"{study.name}/{claim.number}")
+        elif keep == "best":
+            complete = with_retries(
+                lambda: self._store.get_all_trials(
+                    study.study_id, deepcopy=False, states=(TrialState.COMPLETE,)
+                )
+            )
+            best = max(complete, key=lambda t: (t.value, -t.number))
+            for trial in complete:
+                key = f"{study.name}/{trial.number}"
+                if trial.number != best.number and self._checkpoints.path(key).exists():
+                    self._checkpoints.delete(key)
 
     def _refuse_deadly(self, claim: Claim) -> None:
         """Give up on a trial that takes its workers down without getting anywhere."""
@@ -279,6 +357,7 @@ class Worker:
 
     def _reporter(
         self,
+        sweep: StoredSweep,
         claim: Claim,
         trial: optuna.Trial,
         objective: Objective,
@@ -302,6 +381,7 @@ class Worker:
             self._store,
             trial,
             owns=lambda: self._queue.owns(claim),
+            spent=lambda: self._spent(sweep),
             prune=LABEL not in trial.user_attrs,
             last_step=last_step,
         )
@@ -356,6 +436,7 @@ class _Reporter:
         store: where the curves go.
         trial: the trial, with what earlier attempts reported and this one goes on from.
         owns: whether the trial is still this worker's.
+        spent: whether the sweep's time or epochs are used up; the trial then waits.
         prune: whether to ask the pruner.
         last_step: a trial that has come so far is complete, whatever the pruner would say.
     """
@@ -366,12 +447,14 @@ class _Reporter:
         trial: optuna.Trial,
         *,
         owns: Callable[[], bool],
+        spent: Callable[[], bool],
         prune: bool,
         last_step: int,
     ) -> None:
         self._store = store
         self._trial = trial
         self._owns = owns
+        self._spent = spent
         self._prune = prune
         self._last_step = last_step
         self._reported = set(trial._cached_frozen_trial.intermediate_values)
@@ -398,9 +481,12 @@ class _Reporter:
         with_retries(
             lambda: self._store.set_trial_system_attr(self._trial._trial_id, CURVES, self._curves)
         )
-        asked = self._prune and progress.step < self._last_step
-        if asked and with_retries(self._trial.should_prune):
+        if progress.step == self._last_step:
+            return
+        if self._prune and with_retries(self._trial.should_prune):
             raise _Pruned
+        if self._spent():
+            raise Interrupted
 
 
 def new_worker_id(suffix: str) -> str:
@@ -446,9 +532,15 @@ def _breaks_device(error: Exception) -> bool:
     return "CUDA error" in text and not isinstance(error, torch.cuda.OutOfMemoryError)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def _failure_kind(reason: str) -> str:
     """What failures alike have in common: out of memory differs in its numbers each time."""
-    return reason.partition(":")[0] if "OutOfMemory" in reason else reason
+    return reason.partition(":")[0] if reason.startswith("out of memory") else reason
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import tomli_w
 import torch
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
+from torch import nn
 
 from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
@@ -58,6 +59,18 @@ def begin(tmp_path: Path, spec: SweepSpec) -> BaseStorage:
     dataset = objective.open_dataset(TrialConfig.build(TRAIN), None)
     create_or_resume(store, spec, [dataset.fingerprint] * len(spec.cells))
     return store
+
+
+def clip_units_slowly(model: nn.Module, factor: float) -> None:
+    """Adaptive gradient clipping of a model, one unit after the other."""
+    for name, parameter in model.named_parameters():
+        if name.startswith("fc.") or parameter.ndim < 2:
+            continue
+        assert parameter.grad is not None
+        for weight, gradient in zip(parameter.detach(), parameter.grad, strict=True):
+            limit = factor * max(weight.norm().item(), 1e-3)
+            if gradient.norm().item() > limit:
+                gradient.copy_(gradient * limit / gradient.norm().item())
 
 
 def url(tmp_path: Path) -> str:

@@ -39,7 +39,7 @@ def is_whole(loaded: dict[str, Any] | None) -> bool:
 def test_save_load_delete(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "a" / "b")
     assert store.load(KEY) is None
-    assert store.disk_usage() == 0
+    assert store.disk_usage() == (0, 0)
     store.delete(KEY)
     for step in (1, 2):
         store.save(KEY, state(step))
@@ -49,7 +49,9 @@ def test_save_load_delete(tmp_path: Path) -> None:
         assert (loaded["step"], loaded["lr"]) == (step, [0.1, 0.2])
     assert store.load(KEY + "0") is None
     (file,) = (tmp_path / "a" / "b").iterdir()
-    assert store.disk_usage() == file.stat().st_size == store.path(KEY).stat().st_size
+    assert store.disk_usage() == (1, file.stat().st_size)
+    assert store.disk_usage(KEY[:-1]) == (1, store.path(KEY).stat().st_size)
+    assert store.disk_usage("x" + KEY) == (0, 0)
     store.delete(KEY)
     assert store.load(KEY) is None
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -240,3 +242,11 @@ def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert default_checkpoint_dir("postgresql+psycopg://me:secret@host/two") != one
     assert one.parent.name == "checkpoints"
     assert "secret" not in str(one)
+
+
+def test_the_environment_names_a_folder_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEP_CHECKPOINT_DIR", str(tmp_path / "shared"))
+    for store in ("sqlite:///a.db", "postgresql+psycopg://h/a", "grpc://h:1"):
+        assert default_checkpoint_dir(store) == tmp_path / "shared"

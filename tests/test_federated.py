@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAIN
+from helpers import TRAIN, clip_units_slowly
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import FEATURE_NORMS, build_model, parameter_groups
+from models import FEATURE_NORMS, build_model, classifier_parameters, parameter_groups
 from sweeps import config, objective
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
@@ -79,9 +79,16 @@ def make_algorithm(
     """D devices a round, of `num_devices`."""
     model = make_model(norm, num_devices)
     return FederatedAveraging(
-        model, parameter_groups(model), settings, rules, num_devices=num_devices,
-        devices_per_round=D, image_counts=image_counts, class_counts=CLASS_COUNTS[:num_devices],
-    )  # fmt: skip
+        model,
+        parameter_groups(model),
+        settings,
+        rules,
+        num_devices=num_devices,
+        devices_per_round=D,
+        image_counts=image_counts,
+        class_counts=CLASS_COUNTS[:num_devices],
+        classifier=classifier_parameters(model),
+    )
 
 
 def learning_rate(update: int) -> float:
@@ -175,6 +182,7 @@ def slow_reference(
                     groups[name],
                     lr=0.0,
                     momentum=settings.momentum,
+                    nesterov=settings.nesterov,
                     weight_decay=settings.weight_decay if decays[name] else 0.0,
                 )
                 for name in ("weights", "scalars")
@@ -206,12 +214,15 @@ def slow_reference(
             model = devices[d]
             model.zero_grad()
             images, labels = batch.images[place :: len(who)], batch.labels[place :: len(who)]
-            loss = F.cross_entropy(model(images, ((None, PER_DEVICE),)), labels)
+            logits = model(images, ((None, PER_DEVICE),))
+            loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
             device_losses.append(loss.item())
             if rules.virtual_features:
                 virtual = slow_virtual_loss(model, shares_of_classes[d], class_means, covariance)
                 loss = loss + rules.virtual_features * virtual
             loss.backward()
+            if settings.agc_clip_factor is not None:
+                clip_units_slowly(model, settings.agc_clip_factor)
             if settings.clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
             for name, p in model.named_parameters():
@@ -447,6 +458,38 @@ def test_each_devices_gradient_is_clipped_by_its_own_norm(name: str) -> None:
     unclipped, _ = slow_reference("group", batches, replace(settings, clip_grad_norm=None), rules)
     assert_equal_weights(algorithm.global_model(), wanted)
     assert not torch.allclose(wanted["fc.weight"], unclipped["fc.weight"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {"agc_clip_factor": 0.02},
+        {"label_smoothing": 0.1},
+        {"nesterov": True},
+        {"agc_clip_factor": 0.05, "label_smoothing": 0.2, "nesterov": True, "clip_grad_norm": 0.3},
+    ],
+    ids=lambda levers: "+".join(levers),
+)
+@pytest.mark.parametrize("norm", ["group", "fixup"])
+def test_levers_work_on_every_device_by_itself(
+    norm: str, levers: dict[str, Any], name: str
+) -> None:
+    rules = replace(RULES[name], local_steps=2)
+    settings = replace(LOCAL, **levers)
+    batches = make_batches(5)
+    algorithm = make_algorithm(norm, settings, rules)
+    losses = [algorithm.round(b, learning_rate(u)).item() for u, b in enumerate(batches)]
+    wanted, wanted_losses = slow_reference(norm, batches, settings, rules)
+    plain, _ = slow_reference(norm, batches, LOCAL, rules)
+    assert_equal_weights(algorithm.global_model(), wanted)
+    assert losses == pytest.approx(wanted_losses, rel=1e-10)
+    assert not torch.allclose(wanted["conv.weight"], plain["conv.weight"], rtol=1e-3)
+
+
+def test_lars_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be LARS"):
+        make_algorithm("group", replace(LOCAL, lars_trust_coefficient=0.01), FederatedSettings())
 
 
 @pytest.mark.parametrize("norm", ["group", "fixup"])

@@ -7,10 +7,12 @@ import io
 import multiprocessing
 import pickle
 import shutil
+import socket
 import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -182,7 +184,10 @@ def truncate(tree: Path) -> None:
         (remove("train/ant"), r"class 'ant' has no images in train/"),
         (empty("train/ant"), r"class 'ant' has no images in train/"),
         (write("train/bee/0.jpg"), r"train/bee/0\.jpg in .* is not a readable image .*: replace"),
-        (write("train/bee/notes.txt"), r"train/bee/notes\.txt in .* is not a readable image"),
+        (
+            write("train/bee/notes.txt"),
+            r"train/bee/notes\.txt in .* is not a readable image \(of no image format that Pil",
+        ),
         (truncate, r"test/ant/1\.png in .* is not a readable image"),
         (nest, r"holds the folder train/ant/deep.*right in the folder of their class"),
     ],
@@ -199,6 +204,7 @@ def test_damage_is_named(
     with pytest.raises(DataError, match=message) as caught:
         load_images(path)
     assert "\n" not in str(caught.value)
+    assert "BytesIO" not in str(caught.value)
     assert not list(tmp_path.rglob("*.tmp"))
     assert not list(tmp_path.rglob("*.pt"))
 
@@ -224,7 +230,7 @@ def test_wrong_places_are_named(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_named(tree: Path) -> None:
-    with pytest.raises(DataError, match="'mnist': it must be one of 'cifar10', 'digits', 'images'"):
+    with pytest.raises(DataError, match="'mnist': it must be one of 'cifar10', 'cifar100', 'di"):
         load_dataset("mnist")
     with pytest.raises(DataError, match="image_size is 0: it must be at least 1"):
         load_images(tree, image_size=0)
@@ -354,42 +360,85 @@ def test_default_folders(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> No
     assert "sweep" in default.parts
 
 
-# CIFAR-10, in small: the original's layout and torchvision's code, with checksums of made data
+# CIFAR-10 and -100, in small: the originals' layout and torchvision's code, with made data
 
 
+@dataclass
 class Server:
-    """The archive as an HTTP server has it, and the number of requests for it."""
+    """An archive as an HTTP server has it, and the number of requests for it.
 
-    def __init__(self, folder: Path) -> None:
-        self.archive = folder / "cifar-10-python.tar.gz"
-        self.requests: list[str] = []
+    `files` are those within, training part first, then the test part and the names of classes.
+    """
+
+    name: str
+    loader: Any
+    archive: Path
+    folder: str
+    files: list[str]
+    num_classes: int
+    label_key: str
+    requests: list[str]
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def contents(server: Server, meta_key: str) -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    C = server.num_classes
+    content = {}
+    for file in server.files[:-1]:
+        batch = {
+            "data": rng.integers(0, 256, (C, 3072), dtype=np.uint8),
+            # CIFAR-100 has the classes' groups beside them.
+            "coarse_labels": [0] * C,
+            server.label_key: rng.permutation(C).tolist(),
+        }
+        content[file] = pickle.dumps(batch)
+    names = {
+        "coarse_label_names": ["group0"],
+        meta_key: [f"class{c}" for c in range(C)],
+    }
+    content[server.files[-1]] = pickle.dumps(names)
+    return content
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def server(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
     folder = tmp_path / "server"
     folder.mkdir()
-    served = Server(folder)
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    rng = np.random.default_rng(0)
-    content = {
-        name: pickle.dumps(
-            {
-                "data": rng.integers(0, 256, (10, 3072), dtype=np.uint8),
-                "labels": rng.permutation(10).tolist(),
-            }
-        )
-        for name in names
-    }
-    content["batches.meta"] = pickle.dumps({"label_names": [f"class{c}" for c in range(10)]})
+    served = {
+        "cifar10": Server(
+            name="cifar10",
+            loader=torchvision.datasets.CIFAR10,
+            archive=folder / "cifar-10-python.tar.gz",
+            folder="cifar-10-batches-py",
+            files=[*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"],
+            num_classes=10,
+            label_key="labels",
+            requests=[],
+        ),
+        "cifar100": Server(
+            name="cifar100",
+            loader=torchvision.datasets.CIFAR100,
+            archive=folder / "cifar-100-python.tar.gz",
+            folder="cifar-100-python",
+            files=["train", "test", "meta"],
+            num_classes=100,
+            label_key="fine_labels",
+            requests=[],
+        ),
+    }[request.param]
+    loader, files = served.loader, served.files
+    content = contents(served, loader.meta["key"])
     with tarfile.open(served.archive, "w:gz") as archive:
         for name, data in content.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info = tarfile.TarInfo(f"{served.folder}/{name}")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-
-    def md5(data: bytes) -> str:
-        return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:
@@ -398,96 +447,118 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     httpd = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
     )
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    cifar10 = torchvision.datasets.CIFAR10
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(
-        cifar10, "url", f"http://127.0.0.1:{httpd.server_port}/{served.archive.name}"
+        loader, "url", f"http://127.0.0.1:{httpd.server_port}/{served.archive.name}"
     )
-    monkeypatch.setattr(cifar10, "tgz_md5", md5(served.archive.read_bytes()))
-    monkeypatch.setattr(cifar10, "train_list", [[n, md5(content[n])] for n in names[:5]])
-    monkeypatch.setattr(cifar10, "test_list", [["test_batch", md5(content["test_batch"])]])
-    monkeypatch.setitem(cifar10.meta, "md5", md5(content["batches.meta"]))
+    monkeypatch.setattr(loader, "tgz_md5", md5(served.archive.read_bytes()))
+    monkeypatch.setattr(loader, "train_list", [[n, md5(content[n])] for n in files[:-2]])
+    monkeypatch.setattr(loader, "test_list", [[files[-2], md5(content[files[-2]])]])
+    monkeypatch.setitem(loader.meta, "md5", md5(content[files[-1]]))
     yield served
     httpd.shutdown()
     httpd.server_close()
 
 
-def test_cifar10_is_downloaded_once(server: Server, tmp_path: Path, cache_dir: Path) -> None:
+def test_cifar_is_downloaded_once(server: Server, tmp_path: Path, cache_dir: Path) -> None:
     lines: list[str] = []
-    dataset = load_dataset("cifar10", progress=lines.append)
+    dataset = load_dataset(server.name, progress=lines.append)
     assert [line.split()[0] for line in lines] == ["downloading", "decoding"]
     assert_form(dataset)
-    assert dataset.train_images.shape == (50, 3, 32, 32)
-    assert dataset.test_images.shape == (10, 3, 32, 32)
-    assert dataset.classes == tuple(f"class{c}" for c in range(10))
-    original = pickle.loads(  # noqa: S301
-        (cache_dir / "cifar-10-batches-py" / "data_batch_2").read_bytes()
-    )
-    expected = torch.from_numpy(original["data"]).view(10, 3, 32, 32)
-    assert torch.equal(dataset.train_images[10:20], expected)
-    assert dataset.train_labels[10:20].tolist() == original["labels"]
+    assert dataset.name == server.name
+    C, batches = server.num_classes, len(server.files) - 2
+    assert dataset.train_images.shape == (batches * C, 3, 32, 32)
+    assert dataset.test_images.shape == (C, 3, 32, 32)
+    assert dataset.classes == tuple(f"class{c}" for c in range(C))
+    last = (cache_dir / server.folder / server.files[batches - 1]).read_bytes()
+    original = pickle.loads(last)  # noqa: S301
+    expected = torch.from_numpy(original["data"]).view(C, 3, 32, 32)
+    assert torch.equal(dataset.train_images[-C:], expected)
+    assert dataset.train_labels[-C:].tolist() == original[server.label_key]
 
     requests = len(server.requests)
     lines.clear()
-    assert_equal(load_dataset("cifar10", progress=lines.append), dataset)
+    assert_equal(load_dataset(server.name, progress=lines.append), dataset)
     assert lines == []
     assert len(server.requests) == requests
     # The same files elsewhere are the same data set.
-    shutil.copytree(cache_dir / "cifar-10-batches-py", tmp_path / "mine" / "cifar-10-batches-py")
-    assert_equal(load_dataset("cifar10", data_dir=tmp_path / "mine"), dataset)
+    shutil.copytree(cache_dir / server.folder, tmp_path / "mine" / server.folder)
+    assert_equal(load_dataset(server.name, data_dir=tmp_path / "mine"), dataset)
     assert len(server.requests) == requests
 
 
-@pytest.mark.parametrize("missing", ["data_batch_3", "test_batch"])
-def test_half_a_download_is_completed(server: Server, cache_dir: Path, missing: str) -> None:
-    dataset = load_dataset("cifar10")
-    (cache_dir / "cifar-10-batches-py" / missing).write_bytes(b"half")
-    (cache_dir / "cifar-10-python.tar.gz").write_bytes(b"half")
-    assert_equal(load_dataset("cifar10"), dataset)
-    (cache_dir / "cifar-10-batches-py" / missing).unlink()
-    (cache_dir / "cifar-10-python.tar.gz").unlink()
-    assert_equal(load_dataset("cifar10"), dataset)
+@pytest.mark.parametrize("missing", [0, -2, -1], ids=["train", "test", "names"])
+def test_half_a_download_is_completed(server: Server, cache_dir: Path, missing: int) -> None:
+    dataset = load_dataset(server.name)
+    file = cache_dir / server.folder / server.files[missing]
+    file.write_bytes(b"half")
+    (cache_dir / server.archive.name).write_bytes(b"half")
+    assert_equal(load_dataset(server.name), dataset)
+    file.unlink()
+    (cache_dir / server.archive.name).unlink()
+    assert_equal(load_dataset(server.name), dataset)
 
 
-def assert_advice(caught: pytest.ExceptionInfo[DataError], cache_dir: Path) -> None:
+def test_an_archive_brought_from_elsewhere_is_used(server: Server, cache_dir: Path) -> None:
+    cache_dir.mkdir()
+    shutil.copy(server.archive, cache_dir)
+    assert load_dataset(server.name).name == server.name
+    assert server.requests == []
+
+
+def assert_advice(caught: pytest.ExceptionInfo[DataError], server: Server, cache_dir: Path) -> None:
     message = str(caught.value)
     assert "\n" not in message
-    for word in (str(cache_dir), "network", "--data-dir", "'images'"):
+    for word in (str(cache_dir), "network", "--data-dir", "'images'", server.archive.name):
         assert word in message
 
 
 def test_a_broken_archive_is_refused(server: Server, cache_dir: Path) -> None:
     server.archive.write_bytes(server.archive.read_bytes()[:-100])
     with pytest.raises(DataError, match="could not be downloaded") as caught:
-        load_dataset("cifar10")
-    assert_advice(caught, cache_dir)
+        load_dataset(server.name)
+    assert_advice(caught, server, cache_dir)
 
 
 def test_no_network_is_explained(
     server: Server, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    monkeypatch.setattr(server.loader, "url", "http://127.0.0.1:9/cifar.tar.gz")
     with pytest.raises(DataError, match=r"could not be downloaded \(URLError") as caught:
-        load_dataset("cifar10")
-    assert_advice(caught, cache_dir)
+        load_dataset(server.name)
+    assert_advice(caught, server, cache_dir)
+
+
+def test_a_network_that_swallows_packets_is_given_up_on(
+    server: Server, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_DOWNLOAD_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/cifar.tar.gz"
+        monkeypatch.setattr(server.loader, "url", url)
+        with pytest.raises(DataError, match=r"could not be downloaded \(.*timed out") as caught:
+            load_dataset(server.name)
+    assert_advice(caught, server, cache_dir)
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_damaged_file_without_network_is_explained(
     server: Server, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_dataset("cifar10")
-    (cache_dir / "cifar-10-python.tar.gz").unlink()
-    (cache_dir / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    load_dataset(server.name)
+    (cache_dir / server.archive.name).unlink()
+    (cache_dir / server.folder / server.files[0]).write_bytes(b"half")
+    monkeypatch.setattr(server.loader, "url", "http://127.0.0.1:9/cifar.tar.gz")
     with pytest.raises(DataError, match="could not be downloaded") as caught:
-        load_dataset("cifar10")
-    assert_advice(caught, cache_dir)
+        load_dataset(server.name)
+    assert_advice(caught, server, cache_dir)
 
 
-def test_a_zip_is_no_place_for_cifar10(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"must be a folder, or choose dataset 'images'"):
-        load_dataset("cifar10", data_dir=zipped(tree, tmp_path / "a.zip"))
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_a_zip_is_no_place_for_cifar(tree: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name} is the file .* or choose dataset 'images'"):
+        load_dataset(name, data_dir=zipped(tree, tmp_path / "a.zip"))
 
 
 # Digits

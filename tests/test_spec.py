@@ -312,3 +312,59 @@ def test_differences_name_dotted_keys() -> None:
         "train.epochs": (10, 11),
         "budget.trials": (5, 6),
     }
+
+
+BASE = """
+question = "base?"
+[train]
+dataset = "digits"
+epochs = 4
+[search]
+peak_lr = { low = 0.01, high = 0.3, log = true }
+[budget]
+trials = 4
+[quick.train]
+epochs = 2
+[quick.budget]
+trials = 2
+"""
+
+
+def test_a_sweep_extends_another_as_quick_overrides_it(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "own.toml").write_text(
+        'extends = "base.toml"\nquestion = "own?"\n[train]\nnorm = "layer"\n'
+        "[search]\npeak_lr = { low = 0.1, high = 0.2 }\n[quick.budget]\nseeds = 2\n"
+    )
+    own, base = (spec.load(str(tmp_path / f"{name}.toml")) for name in ("own", "base"))
+    assert (own.name, own.question) == ("own", "own?")
+    assert own.train == {**base.train, "norm": "layer"}
+    assert own.search["peak_lr"] == spec.Range(low=0.1, high=0.2)
+    quick = spec.load(str(tmp_path / "own.toml"), quick=True)
+    assert quick.train["epochs"] == 2
+    assert (quick.budget.trials, quick.budget.seeds) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('extends = "own.toml"', "cannot extend itself"),
+        ('extends = "other.toml"', "cannot read"),
+        ('extends = "fixup-largebach"', "fixup-largebatch"),
+        ("extends = 3", "extends = 3"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(SpecError, match=said):
+        spec.load(str(tmp_path / "own.toml"))
+
+
+def test_what_a_sweep_moves_to_another_section_leaves_the_one_it_had(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "own.toml").write_text(
+        'extends = "base.toml"\n[train]\npeak_lr = 0.1\n'
+        "[search]\nmomentum = { low = 0.1, high = 0.9 }"
+    )
+    own = spec.load(str(tmp_path / "own.toml"))
+    assert (own.train["peak_lr"], set(own.search)) == (0.1, {"momentum"})

@@ -1,4 +1,4 @@
-"""Splits: every image on exactly one device, and the sizes and classes that were asked for."""
+"""Splits: every image where it should be, and the sizes and classes that were asked for."""
 
 from collections.abc import Sequence
 
@@ -228,6 +228,134 @@ def test_dirichlet_gives_up_with_advice() -> None:
         splits.dirichlet(labels_of([100] * 10), 10, alpha=0.05, min_images_per_device=90, seed=0)
 
 
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(20, 80), min_size=1, max_size=8),
+    num_devices=st.integers(1, 5),
+    alpha=st.floats(1, 1e6),
+    seed=seeds,
+)
+def test_quantity_is_a_partition_with_a_minimum(
+    sizes: list[int], num_devices: int, alpha: float, seed: int
+) -> None:
+    labels = labels_of(sizes)
+    shards = splits.quantity(labels, num_devices, alpha=alpha, min_images_per_device=1, seed=seed)
+    assert len(shards) == num_devices
+    assert_partition(shards, len(labels))
+    assert_same(
+        shards,
+        splits.quantity(labels, num_devices, alpha=alpha, min_images_per_device=1, seed=seed),
+    )
+
+
+def test_quantity_sizes_follow_the_dirichlet_distribution() -> None:
+    # A symmetric Dirichlet's share has the variance (1/D)(1 - 1/D) / (D alpha + 1).
+    labels = labels_of([2000] * 5)
+    for alpha in (0.5, 5.0):
+        shares = [
+            len(shard) / len(labels)
+            for seed in range(400)
+            for shard in splits.quantity(labels, 5, alpha=alpha, min_images_per_device=1, seed=seed)
+        ]
+        assert np.var(shares) == pytest.approx(0.2 * 0.8 / (5 * alpha + 1), rel=0.1)
+
+
+def test_quantity_skews_sizes_and_not_classes() -> None:
+    labels = labels_of([3000] * 10)
+    shards = splits.quantity(labels, 10, alpha=0.5, min_images_per_device=300, seed=0)
+    held = counts(labels, shards)
+    total = held.sum(axis=1)
+    assert total.max() > 4 * total.min() >= 4 * 300
+    expected = total / 10
+    assert (abs(held - expected[:, None]) < 5 * np.sqrt(expected)[:, None]).all()
+
+
+def test_quantity_gives_a_thousand_devices_their_minimum() -> None:
+    labels = labels_of([4500] * 10)
+    shards = splits.quantity(labels, 1000, alpha=10.0, min_images_per_device=10, seed=0)
+    assert_partition(shards, len(labels))
+    assert min(len(shard) for shard in shards) >= 10
+    with pytest.raises(ValueError, match=r"is 10: in 100 draws with alpha 0.5 .* raise alpha"):
+        splits.quantity(labels, 1000, alpha=0.5, min_images_per_device=10, seed=0)
+    with pytest.raises(ValueError, match=r"images, so lower num_devices, or raise alpha"):
+        splits.quantity(labels, 1000, alpha=0.1, min_images_per_device=1, seed=0)
+
+
+@settings(deadline=None)
+@given(sizes=class_sizes, share=st.floats(0, 1), seed=seeds)
+def test_shared_slice_is_balanced_as_far_as_classes_go(
+    sizes: list[int], share: float, seed: int
+) -> None:
+    labels = labels_of(sizes)
+    num_images = int(share * (len(labels) - len(sizes)))
+    shared = splits.shared_slice(labels, num_images, seed=seed)
+    assert shared.dtype == np.int64
+    assert len(shared) == num_images
+    assert (np.diff(shared) > 0).all()
+    held = np.bincount(labels[shared], minlength=len(sizes))
+    spare = np.array(sizes) - 1
+    assert (held <= spare).all()
+    # A class has fewer than the largest, but for the one that is left over, only if it is empty.
+    assert (held[held < spare] >= held.max() - 1).all()
+    np.testing.assert_array_equal(shared, splits.shared_slice(labels, num_images, seed=seed))
+
+
+def test_shared_slice_takes_equally_many_of_each_class() -> None:
+    labels = labels_of([100] * 10)
+    shared = splits.shared_slice(labels, 200, seed=0)
+    assert np.bincount(labels[shared]).tolist() == [20] * 10
+    assert not np.array_equal(shared, splits.shared_slice(labels, 200, seed=1))
+    shared = splits.shared_slice(labels, 203, seed=0)
+    assert np.bincount(labels[shared]).tolist() == [21] * 3 + [20] * 7
+    labels = labels_of([3, 100, 1, 100])
+    shared = splits.shared_slice(labels, 22, seed=0)
+    assert np.bincount(labels[shared], minlength=4).tolist() == [2, 10, 0, 10]
+
+
+@pytest.mark.parametrize("scheme", splits.SPLITS)
+def test_shared_images_are_everyones_and_the_others_one_devices(scheme: str) -> None:
+    labels = labels_of([60, 50, 40, 50])
+    shards = splits.split_devices(
+        scheme, labels, 4, seed=3, min_images_per_device=2, shared_images=20
+    )
+    shared = splits.shared_slice(labels, 20, seed=3)
+    assert all(shard.dtype == np.int64 for shard in shards)
+    assert all((np.diff(shard) > 0).all() for shard in shards)
+    assert all(np.isin(shared, shard).all() for shard in shards)
+    own = [np.setdiff1d(shard, shared) for shard in shards]
+    assert min(len(shard) for shard in own) >= 2
+    np.testing.assert_array_equal(np.sort(np.concatenate([*own, shared])), np.arange(len(labels)))
+    if scheme == "classes":
+        assert [sorted(set(labels[shard].tolist())) for shard in own] == [[0, 1], [2, 3]] * 2
+    assert_same(
+        splits.split_devices(scheme, labels, 4, seed=3, min_images_per_device=2),
+        splits.split_devices(scheme, labels, 4, seed=3, min_images_per_device=2, shared_images=0),
+    )
+
+
+def test_pairs_name_the_choices_that_would_do() -> None:
+    def message(num_devices: int, k: int, num_classes: int) -> str:
+        with pytest.raises(ValueError, match="num_devices x classes_per_device is") as caught:
+            splits.split_devices(
+                "classes", labels_of([50] * num_classes), num_devices, seed=0, classes_per_device=k
+            )
+        return str(caught.value)
+
+    found = message(10, 2, 100)
+    assert "is 10 x 2 = 20: with assignment 'pairs' it must be a multiple of the 100" in found
+    assert "for 10 devices, classes_per_device 10, 20, 30, ..., 100;" in found
+    assert "for 2 classes a device, num_devices 50, 100, 150, ..." in found
+    assert "ring" not in found
+    found = message(9, 2, 10)
+    assert "for 9 devices, classes_per_device 10;" in found
+    assert "num_devices 5, 10, 15, ...; or assignment 'ring'" in found
+    for k in (10, 20, 100):
+        shards = splits.split_devices(
+            "classes", labels_of([50] * 100), 10, seed=0, classes_per_device=k
+        )
+        assert [len(shard) for shard in shards] == [500] * 10
+
+
 def test_seeds_change_the_images_and_leave_global_state_alone() -> None:
     labels = labels_of([50] * 4)
     before = np.random.get_state()[1].tobytes()
@@ -250,6 +378,10 @@ def test_split_devices_passes_its_arguments_on() -> None:
     assert_same(
         splits.split_devices("dirichlet", labels, 4, seed=5, alpha=2.0, min_images_per_device=20),
         splits.dirichlet(labels, 4, alpha=2.0, min_images_per_device=20, seed=5),
+    )
+    assert_same(
+        splits.split_devices("quantity", labels, 4, seed=5, alpha=2.0, min_images_per_device=20),
+        splits.quantity(labels, 4, alpha=2.0, min_images_per_device=20, seed=5),
     )
 
 
@@ -274,6 +406,22 @@ def test_split_devices_passes_its_arguments_on() -> None:
         (
             {"scheme": "dirichlet", "min_images_per_device": 11},
             r"4 devices would need 44 images and there are 40",
+        ),
+        ({"scheme": "quantity", "alpha": 0.0}, r"alpha is 0.0: it must be .* above 0"),
+        ({"scheme": "quantity", "min_images_per_device": 0}, r"min_images_per_device is 0"),
+        (
+            {"scheme": "quantity", "min_images_per_device": 11},
+            r"4 devices would need 44 images and there are 40",
+        ),
+        ({"shared_images": -1}, r"shared_images is -1: it must be from 0 to 36"),
+        ({"shared_images": 37}, r"shared_images is 37: it must be from 0 to 36, .* 4 classes"),
+        (
+            {"shared_images": 36, "num_devices": 8},
+            r"shared_images is 36: of 40 .* leaves 4 for 8 devices .* at most 32",
+        ),
+        (
+            {"scheme": "dirichlet", "shared_images": 20, "min_images_per_device": 6},
+            r"would need 24 images and there are 20.*\(of 40 .* shared_images = 20 are set aside",
         ),
     ],
 )

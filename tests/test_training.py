@@ -79,7 +79,7 @@ def test_plateau_goes_on_from_its_state() -> None:
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="accepted: 'plateau', 'cosine', 'constant'"):
+    with pytest.raises(ValueError, match="accepted: 'plateau', 'cosine', 'exponential', 'cons"):
         schedule(kind="step")
 
 

@@ -78,7 +78,7 @@ not they are also averaged in between, as they are exponential averages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
+from sweeps.training.clipping import clip_units_
 from sweeps.training.rounds import DeviceBatch, SGDSettings
 
 LOCAL_MOMENTA = ("average", "keep", "reset")
@@ -156,11 +157,12 @@ class FederatedAveraging:
             averages; None weighs all alike.
         class_counts: images of each class that each of the D devices holds, D rows of as many
             numbers as the model has logits; virtual features need it.
+        classifier: as for `SynchronousSGD`.
         autocast_dtype: of the forward pass; None leaves it in the parameters' own.
 
     Raises:
-        ValueError: a setting is not known, or the model has layers whose statistics all devices
-            share in every step.
+        ValueError: a setting is not known, the model has layers whose statistics all devices
+            share in every step, or the local optimizer is LARS.
     """
 
     def __init__(
@@ -174,13 +176,18 @@ class FederatedAveraging:
         devices_per_round: int | None = None,
         image_counts: Sequence[int] | None = None,
         class_counts: Sequence[Sequence[int]] | None = None,
+        classifier: Collection[nn.Parameter] = (),
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         m = num_devices if devices_per_round is None else devices_per_round
         _check(model, federated, num_devices, m, image_counts)
+        if settings.lars_trust_coefficient is not None:
+            raise ValueError("the devices' local optimizer cannot be LARS; accepted: SGD")
         self._model = model
         self._settings = federated
         self._clip = settings.clip_grad_norm
+        self._agc = settings.agc_clip_factor
+        self._label_smoothing = settings.label_smoothing
         self._autocast_dtype = autocast_dtype
         self._num_devices = num_devices
         self._devices_per_round = m
@@ -200,6 +207,7 @@ class FederatedAveraging:
             else torch.tensor(list(image_counts), dtype=torch.float64, device=device)
         )
         names = {p: name for name, p in model.named_parameters()}
+        self._classifier = {names[p] for p in classifier}
         param_groups: list[dict[str, Any]] = [
             {
                 "params": [self._local[names[p]] for p in parameters],
@@ -218,6 +226,7 @@ class FederatedAveraging:
             param_groups,
             lr=0.0,
             momentum=settings.momentum,
+            nesterov=settings.nesterov,
             fused=True if device.type == "cuda" else None,
         )
         self._server = self._fresh_server()
@@ -352,7 +361,7 @@ class FederatedAveraging:
             parameters: dict[str, Tensor], own: dict[str, Tensor], x: Tensor, y: Tensor
         ) -> Tensor:
             logits = functional_call(self._model, (parameters, own), (x, blocks))
-            return F.cross_entropy(logits, y)
+            return F.cross_entropy(logits, y, label_smoothing=self._label_smoothing)
 
         with torch.autocast(
             images.device.type,
@@ -419,6 +428,12 @@ class FederatedAveraging:
     def _change_gradients(self) -> None:
         """Clip every device's gradient, then add what FedProx and SCAFFOLD add."""
         gradients = {name: _gradient(y) for name, y in self._local.items()}
+        if self._agc is not None:
+            clip_units_(
+                ((self._local[n], g) for n, g in gradients.items() if n not in self._classifier),
+                self._agc,
+                stacked=True,
+            )
         if self._clip is not None:
             _clip_each(list(gradients.values()), self._clip)
         mu = self._settings.proximal_mu

@@ -28,7 +28,8 @@ measured passed 1e3 within a few updates of leaving that range.
 """
 
 DEAD_LOSS_SHARE = 0.98
-"""A dead network's training loss stays at or above this share of a constant guess's."""
+"""A dead network's training loss stays at or above this share of a constant guess's; both are
+counted from the least loss there is."""
 
 CHECK_EVERY = 25
 """Updates between two looks at the loss where looking would stall the device."""
@@ -56,8 +57,9 @@ class EpochResult:
 
     Attributes:
         epoch: completed epochs, from 1.
-        train_loss: mean cross-entropy over the epoch's images, in nats, as they were trained.
-        val_loss: mean cross-entropy over the validation images.
+        train_loss: mean cross-entropy over the epoch's images, in nats, as they were trained:
+            with the labels smoothed, where that is set.
+        val_loss: mean cross-entropy over the validation images, with their labels as they are.
         val_accuracy: share of the validation images classified correctly, 0 to 1.
         predicted_classes: how many classes the validation predictions name at all.
         lr: learning rate of the weights in the epoch's last update.
@@ -102,9 +104,10 @@ class Training:
         schedule: learning rate by update.
         epochs: how many there are in all.
         guess_loss: cross-entropy of the best constant guess, in nats: ln(classes) where they
-            are equally frequent. A dead network is at it.
+            are equally frequent. A dead network is at it. With smoothed labels it is theirs.
         untrained_loss: cross-entropy of equal guesses, ln(classes). An exploded loss is far
             above it.
+        least_loss: cross-entropy of perfect answers: 0, or more where labels are smoothed.
         dead_epochs: consecutive epochs at the guess's loss, all predictions alike, that end the
             training.
         should_stop: asked between two updates.
@@ -120,6 +123,7 @@ class Training:
         epochs: int,
         guess_loss: float,
         untrained_loss: float,
+        least_loss: float = 0.0,
         dead_epochs: int = 3,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -128,8 +132,9 @@ class Training:
         self._evaluate = evaluate
         self._schedule = schedule
         self._epochs = epochs
-        self._guess_loss = guess_loss
         self._untrained_loss = untrained_loss
+        # Smoothed labels leave less than `guess_loss` to gain.
+        self._dead_loss = least_loss + DEAD_LOSS_SHARE * (guess_loss - least_loss)
         self._dead_epochs = dead_epochs
         self._should_stop = should_stop
         self.history: list[EpochResult] = []
@@ -219,8 +224,7 @@ class Training:
         warmup_epochs = math.ceil(self._schedule.warmup_updates / self._batches.updates_per_epoch)
         recent = self.history[warmup_epochs:][-self._dead_epochs :]
         if len(recent) == self._dead_epochs and all(
-            r.predicted_classes == 1 and r.train_loss >= DEAD_LOSS_SHARE * self._guess_loss
-            for r in recent
+            r.predicted_classes == 1 and r.train_loss >= self._dead_loss for r in recent
         ):
             raise Diverged(
                 f"network is dead: loss {recent[-1].train_loss:.3f} is a constant guess's, "

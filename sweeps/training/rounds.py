@@ -7,13 +7,16 @@ remembers from round to round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sweeps.training.clipping import clip_units_
+from sweeps.training.lars import LARS
 
 
 class DeviceBatch(Protocol):
@@ -35,7 +38,7 @@ class DeviceBatch(Protocol):
 
 @dataclass(frozen=True)
 class SGDSettings:
-    """Settings of stochastic gradient descent, PyTorch's `torch.optim.SGD`.
+    """Settings of stochastic gradient descent, PyTorch's `torch.optim.SGD`, or of LARS.
 
     Attributes:
         momentum: factor of the previous update.
@@ -44,6 +47,13 @@ class SGDSettings:
         scalar_lr_factor: learning rate of the group "scalars", as a share of the weights'.
         clip_grad_norm: the gradient's norm over all parameters is scaled down to this where it
             is larger; None leaves it.
+        nesterov: Nesterov's form of the momentum.
+        lars_trust_coefficient: η of `LARS`, which then takes the place of SGD: the group
+            "scalars" takes plain steps, every other parameter is a layer; None is SGD.
+        agc_clip_factor: λ of adaptive gradient clipping (`sweeps.training.clipping`) of the
+            weights, before `clip_grad_norm`; None leaves the gradient.
+        label_smoothing: share ε of each label that is spread over all classes, the true one
+            included (Szegedy et al. 2016, arXiv 1512.00567, section 7).
     """
 
     momentum: float = 0.9
@@ -51,6 +61,10 @@ class SGDSettings:
     decay_scalars: bool = True
     scalar_lr_factor: float = 1.0
     clip_grad_norm: float | None = None
+    nesterov: bool = False
+    lars_trust_coefficient: float | None = None
+    agc_clip_factor: float | None = None
+    label_smoothing: float = 0.0
 
 
 class SynchronousSGD:
@@ -60,6 +74,13 @@ class SynchronousSGD:
     global batch it is sum_d (b_d / B) * gradient_d. Since there is one weight vector, that
     equals one backward pass over the fused batch, provided that a layer which looks across
     samples looks at one device's only; the batch's blocks tell the model where devices end.
+
+    Args:
+        model: called as `model(images, blocks)`.
+        groups: its parameters; the group "scalars" has settings of its own.
+        settings: of the step.
+        classifier: those of the last linear layer, which adaptive gradient clipping leaves out.
+        autocast_dtype: of the forward pass; None leaves it in the parameters' own.
     """
 
     def __init__(
@@ -68,31 +89,46 @@ class SynchronousSGD:
         groups: Mapping[str, Sequence[nn.Parameter]],
         settings: SGDSettings,
         *,
+        classifier: Collection[nn.Parameter] = (),
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model
-        self._clip = settings.clip_grad_norm
+        self._settings = settings
         self._autocast_dtype = autocast_dtype
         self._parameters = [p for parameters in groups.values() for p in parameters]
+        spared = {id(p) for p in classifier}
+        self._clipped_by_unit = [p for p in self._parameters if id(p) not in spared]
         device = self._parameters[0].device
         self._device_type = device.type
-        param_groups = [
+        param_groups: list[dict[str, Any]] = [
             {
                 "params": list(parameters),
                 "weight_decay": settings.weight_decay
                 if name != "scalars" or settings.decay_scalars
                 else 0.0,
                 "lr_factor": settings.scalar_lr_factor if name == "scalars" else 1.0,
+                "layerwise": name != "scalars",
             }
             for name, parameters in groups.items()
             if parameters
         ]
-        self._optimizer = torch.optim.SGD(
-            param_groups,
-            lr=0.0,
-            momentum=settings.momentum,
-            fused=True if device.type == "cuda" else None,
-        )
+        self._optimizer: torch.optim.Optimizer
+        if settings.lars_trust_coefficient is not None:
+            self._optimizer = LARS(
+                param_groups,
+                lr=0.0,
+                momentum=settings.momentum,
+                trust_coefficient=settings.lars_trust_coefficient,
+                nesterov=settings.nesterov,
+            )
+        else:
+            self._optimizer = torch.optim.SGD(
+                param_groups,
+                lr=0.0,
+                momentum=settings.momentum,
+                nesterov=settings.nesterov,
+                fused=True if device.type == "cuda" else None,
+            )
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor:
         """Take one step.
@@ -102,7 +138,8 @@ class SynchronousSGD:
             lr: learning rate of the weights.
 
         Returns:
-            The loss averaged over examples, a 0-d tensor on the training device.
+            The loss that was trained, averaged over examples, a 0-d tensor on the training
+            device.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -113,10 +150,17 @@ class SynchronousSGD:
             enabled=self._autocast_dtype is not None,
         ):
             logits = self._model(batch.images, batch.blocks)
-            loss = F.cross_entropy(logits, batch.labels)
+            loss = F.cross_entropy(
+                logits, batch.labels, label_smoothing=self._settings.label_smoothing
+            )
         loss.backward()
-        if self._clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        if self._settings.agc_clip_factor is not None:
+            clip_units_(
+                ((p, p.grad) for p in self._clipped_by_unit if p.grad is not None),
+                self._settings.agc_clip_factor,
+            )
+        if self._settings.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_grad_norm)
         self._optimizer.step()
         return loss.detach()
 

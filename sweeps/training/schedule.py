@@ -1,6 +1,7 @@
-"""The learning rate of each update: linear warmup, then plateau, cosine or constant.
+"""The learning rate of each update: a warmup, then plateau, cosine, exponential or constant.
 
-Warmup is Goyal et al. 2017 (arXiv 1706.02677), section 2.2, counted in updates.
+The linear warmup is that of Goyal et al. 2017 (arXiv 1706.02677), section 2.2, counted in
+updates. The other two shapes have the same ends.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+SCHEDULES = ("plateau", "cosine", "exponential", "constant")
+WARMUP_SHAPES = ("linear", "cosine", "exponential")
+
 
 class Schedule:
     """Learning rate as a function of the update, with explicit state.
 
-    With W warmup updates out of T, update u (from 0) gets
+    With W warmup updates out of T, update u (from 0) gets, times `peak_lr`,
 
-    - `peak_lr * (s + (1 - s) * u / W)` for u < W, where s is the start factor: the first
-      update has `s * peak_lr` and update W the peak;
-    - afterwards, times what the plateau rule has left of it (`plateau`),
+    - for u < W, with the start factor s, so that the first update has s and update W 1:
+      `s + (1 - s) * u / W` (`linear`), `s + (1 - s) * (1 - cos(pi * u / W)) / 2` (`cosine`,
+      half a period, as the `cosine` schedule mirrored), or `s ** (1 - u / W)` (`exponential`,
+      each update the same multiple of the one before);
+    - afterwards, what the plateau rule has left (`plateau`),
       `(1 + cos(pi * (u - W) / (T - W))) / 2` (`cosine`, Loshchilov & Hutter 2017,
-      arXiv 1608.03983, without restarts), or 1 (`constant`).
+      arXiv 1608.03983, without restarts), `gamma ** n` with n the whole epochs since the warmup
+      (`exponential`, PyTorch's `ExponentialLR` stepped once an epoch), or 1 (`constant`).
 
     The plateau rule is PyTorch's `ReduceLROnPlateau` on the validation accuracy, consulted at
     the end of each epoch that began after the warmup.
@@ -38,16 +45,24 @@ class Schedule:
         plateau_factor: float = 0.1,
         plateau_patience: int = 10,
         plateau_threshold: float = 1e-4,
+        warmup_shape: str = "linear",
+        exponential_gamma: float = 0.97,
+        updates_per_epoch: int = 1,
     ) -> None:
-        if kind not in ("plateau", "cosine", "constant"):
-            raise ValueError(
-                f"schedule {kind!r} is unknown; accepted: 'plateau', 'cosine', 'constant'"
-            )
+        for what, name, accepted in (
+            ("schedule", kind, SCHEDULES), ("warmup_shape", warmup_shape, WARMUP_SHAPES)
+        ):  # fmt: skip
+            if name not in accepted:
+                known = ", ".join(map(repr, accepted))
+                raise ValueError(f"{what} {name!r} is unknown; accepted: {known}")
         self.peak_lr = peak_lr
         self.warmup_start_factor = warmup_start_factor
         self.warmup_updates = warmup_updates
         self.total_updates = total_updates
         self.kind = kind
+        self.warmup_shape = warmup_shape
+        self.exponential_gamma = exponential_gamma
+        self.updates_per_epoch = updates_per_epoch
         # The scheduler scales the rate of a stand-in optimizer from 1.
         self._scale = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         self._plateau = ReduceLROnPlateau(
@@ -61,8 +76,7 @@ class Schedule:
     def lr(self, update: int) -> float:
         """Learning rate of update `update`, counted from 0 over the whole training."""
         if update < self.warmup_updates:
-            start = self.warmup_start_factor
-            return self.peak_lr * (start + (1 - start) * update / self.warmup_updates)
+            return self.peak_lr * self._warmup(update)
         if self.kind == "plateau":
             return self.peak_lr * float(self._scale.param_groups[0]["lr"])
         if self.kind == "cosine":
@@ -70,7 +84,20 @@ class Schedule:
             return (
                 self.peak_lr * (1 + math.cos(math.pi * (update - self.warmup_updates) / rest)) / 2
             )
+        if self.kind == "exponential":
+            epochs = (update - self.warmup_updates) // self.updates_per_epoch
+            return self.peak_lr * self.exponential_gamma**epochs
         return self.peak_lr
+
+    def _warmup(self, update: int) -> float:
+        """Share of the peak that an update of the warmup gets."""
+        start = self.warmup_start_factor
+        if self.warmup_shape == "cosine":
+            rise = (1 - math.cos(math.pi * update / self.warmup_updates)) / 2
+            return start + (1 - start) * rise
+        if self.warmup_shape == "exponential":
+            return float(start ** (1 - update / self.warmup_updates))
+        return start + (1 - start) * update / self.warmup_updates
 
     def end_epoch(self, first_update: int, val_accuracy: float) -> None:
         """Tell the plateau rule how an epoch ended.
