@@ -859,6 +859,24 @@ def test_a_trial_trains(norm: str, algorithm: str) -> None:
     assert accuracy > 0.3
 
 
+def test_a_trial_trains_some_devices_at_a_time() -> None:
+    """Of different sizes, which speak to each other of the classes that they lack."""
+    made = TrialConfig.build(
+        {**TRAIN, "norm": "batch", "algorithm": "scaffold", "local_steps": 7, "peak_lr": 0.05,
+         "epochs": 4, "global_batch_size": 32, "num_devices": 8, "participation": 0.5,
+         "split": "dirichlet", "average_weights": "images", "virtual_features": 1.0,
+         "shared_images": 20},
+    )  # fmt: skip
+    runs: list[list[float]] = []
+    for _ in range(2):
+        losses: list[float] = []
+        runs.append(losses)
+        run = objective.Objective(objective.open_dataset(made, None), torch.device("cpu"))
+        run.run(made, seeds=1, on_epoch=lambda p: losses.append(p.result.val_loss))  # noqa: B023
+    assert runs[0] == runs[1]
+    assert runs[0][-1] < min(runs[0][0], math.log(10))
+
+
 @pytest.mark.parametrize("norm", ["group", "fixup"])
 def test_normalised_features_have_a_root_mean_square_of_one(norm: str) -> None:
     options: dict[str, Any] = {
