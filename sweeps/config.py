@@ -253,6 +253,14 @@ class TrialConfig:
     proximal_mu: float = _setting(
         0.0, "FedProx: pull of the last average on the local weights (μ); 0 is none.", float, low=0
     )
+    virtual_features: float = _setting(
+        0.0,
+        "Weight (λ) of a loss by which the classifier learns, from the features' statistics by "
+        "class that devices share, of classes that its device holds few images of: 0 is none, 1 "
+        "makes up for what the device lacks.",
+        float,
+        low=0,
+    )
     average_weights: str = _setting(
         "uniform",
         "What a device's weights count in the average: all the same, or in proportion to the "
@@ -433,6 +441,12 @@ class TrialConfig:
                 raise SpecError(
                     f"average_weights = {self.average_weights!r} has no meaning for algorithm = "
                     "'sync-sgd', which averages over images; it belongs to 'fedavg' and 'scaffold'"
+                )
+            if self.virtual_features:
+                raise SpecError(
+                    f"virtual_features = {self.virtual_features:g} has no meaning for algorithm = "
+                    "'sync-sgd', whose every step sees all devices' images; it belongs to "
+                    "'fedavg' and 'scaffold'"
                 )
             return
         if self.global_batch_size % self.devices_per_round:

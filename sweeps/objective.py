@@ -248,6 +248,11 @@ class Objective:
                 settings,
                 _federated_settings(config),
                 num_devices=config.num_devices,
+                devices_per_round=config.devices_per_round,
+                image_counts=[len(shard) for shard in prepared.shards]
+                if config.average_weights == "images"
+                else None,
+                class_counts=_class_counts(prepared, len(self._dataset.classes)),
                 classifier=classifier,
                 autocast_dtype=dtype,
             )
@@ -376,6 +381,12 @@ def prepare_process(device: torch.device, threads: int) -> None:
         torch.backends.cudnn.deterministic = True
 
 
+def _class_counts(prepared: _Prepared, num_classes: int) -> list[list[int]]:
+    """Images of each class on each device."""
+    labels = prepared.train_labels.cpu().numpy()
+    return [np.bincount(labels[s], minlength=num_classes).tolist() for s in prepared.shards]
+
+
 def _smoothed_entropy(shares: Sequence[float], smoothing: float) -> float:
     """Entropy of a distribution over classes once labels are smoothed, in nats."""
     smoothed = [(1 - smoothing) * p + smoothing / len(shares) for p in shares]
@@ -393,6 +404,7 @@ def _federated_settings(config: TrialConfig) -> FederatedSettings:
         server_momentum=config.server_momentum,
         server_beta2=config.server_beta2,
         server_epsilon=config.server_epsilon,
+        virtual_features=config.virtual_features,
     )
 
 

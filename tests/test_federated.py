@@ -43,6 +43,24 @@ def make_batches(updates: int, seed: int = 1) -> list[Local]:
     return made
 
 
+ALL, COUNTS = 5, [40, 7, 13, 100, 28]
+"""Devices of which some take part, and the images that they hold."""
+
+CLASS_COUNTS = [[5, 5, 0, 0, 0], [0, 6, 2, 0, 0], [0, 0, 3, 7, 0], [2, 2, 2, 2, 2], [9, 0, 0, 0, 1]]
+"""Images by device and class. No batch of `make_batches` shows the last class."""
+
+
+def make_partial_batches(rounds: int, local_steps: int) -> list[Local]:
+    """Batches of three of five devices, the same ones from one average to the next."""
+    generator = torch.Generator().manual_seed(4)
+    batches = make_batches(rounds * local_steps)
+    for start in range(0, len(batches), local_steps):
+        ids = torch.randperm(ALL, generator=generator)[:D].sort().values
+        for u in range(start, start + local_steps):
+            batches[u] = replace(batches[u], blocks=((ids, PER_DEVICE),))
+    return batches
+
+
 def make_model(norm: str, num_devices: int = D) -> nn.Module:
     model = build_model(
         "resnet8", norm=norm, num_classes=CLASSES, image_size=8, width_factor=0.25, num_groups=2,
@@ -52,15 +70,23 @@ def make_model(norm: str, num_devices: int = D) -> nn.Module:
 
 
 def make_algorithm(
-    norm: str, settings: SGDSettings, rules: FederatedSettings
+    norm: str,
+    settings: SGDSettings,
+    rules: FederatedSettings,
+    num_devices: int = D,
+    image_counts: list[int] | None = None,
 ) -> FederatedAveraging:
-    model = make_model(norm)
+    """D devices a round, of `num_devices`."""
+    model = make_model(norm, num_devices)
     return FederatedAveraging(
         model,
         parameter_groups(model),
         settings,
         rules,
-        num_devices=D,
+        num_devices=num_devices,
+        devices_per_round=D,
+        image_counts=image_counts,
+        class_counts=CLASS_COUNTS[:num_devices],
         classifier=classifier_parameters(model),
     )
 
@@ -72,8 +98,59 @@ def learning_rate(update: int) -> float:
 Weights = dict[str, Tensor]
 
 
-def mean_over_devices(weights: list[Weights]) -> Weights:
-    return {name: sum(w[name] for w in weights) / len(weights) for name in weights[0]}  # type: ignore[misc]
+def mean_over_devices(weights: list[Weights], shares: list[float] | None = None) -> Weights:
+    of_each = shares or [1 / len(weights)] * len(weights)
+    return {
+        name: sum(share * w[name] for share, w in zip(of_each, weights, strict=True))  # type: ignore[misc]
+        for name in weights[0]
+    }
+
+
+def slow_shares(image_counts: list[int] | None, num_devices: int) -> list[list[float]]:
+    """v_dk: what device d adds of class k."""
+    p = [[n / sum(row) for n in row] for row in CLASS_COUNTS[:num_devices]]
+    of_device = image_counts or [1] * num_devices
+    q = [sum(w * row[k] for w, row in zip(of_device, p, strict=True)) for k in range(CLASSES)]
+    q = [share / sum(of_device) for share in q]
+    shares = []
+    for row in p:
+        least = max(a / b for a, b in zip(row, q, strict=True) if b)
+        shares.append([least * b - a for a, b in zip(row, q, strict=True)])
+    return shares
+
+
+def slow_statistics(
+    models: list[nn.Module], batch: Local, means: dict[int, Tensor]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Means by class and the covariance within the classes, of what the classifiers see."""
+    features: list[Tensor] = []
+    for place, model in enumerate(models):
+        surveyed = copy.deepcopy(model)
+        surveyed.get_submodule("fc").register_forward_pre_hook(
+            lambda _, args: features.extend(args[0].detach())
+        )
+        surveyed(batch.images[place :: len(models)], ((None, PER_DEVICE),))
+    labels = [
+        k for place in range(len(models)) for k in batch.labels[place :: len(models)].tolist()
+    ]
+    by_class = {k: [f for f, of in zip(features, labels, strict=True) if of == k] for k in labels}
+    means = {**means, **{k: torch.stack(fs).mean(dim=0) for k, fs in by_class.items()}}
+    residuals = torch.stack([f - means[k] for f, k in zip(features, labels, strict=True)])
+    return means, residuals.T @ residuals / (len(labels) - len(by_class))
+
+
+def slow_virtual_loss(
+    model: nn.Module, shares: list[float], means: dict[int, Tensor], covariance: Tensor
+) -> Tensor:
+    w, b = model.get_parameter("fc.weight"), model.get_parameter("fc.bias")
+    total = torch.zeros((), dtype=torch.float64)
+    for k, mean in means.items():
+        z = []
+        for j in range(CLASSES):
+            apart = w[j] - w[k]
+            z.append(w[j] @ mean + b[j] + apart @ covariance @ apart / 2)
+        total = total + shares[k] * F.cross_entropy(torch.stack(z), torch.tensor(k))
+    return total
 
 
 def slow_reference(
@@ -84,27 +161,33 @@ def slow_reference(
     *,
     literal_option_two: bool = False,
     constant_lr: float | None = None,
+    num_devices: int = D,
+    image_counts: list[int] | None = None,
 ) -> tuple[Weights, list[float]]:
-    """D models, 2 D optimizers, a loop: the papers' algorithms, written for reading.
+    """Separate models and optimizers in a loop: the papers' algorithms, written for reading.
 
     Returns:
-        The mean of the devices' weights and buffers after the last update, and the losses.
+        The participants' weights after the last update, averaged, with the mean of all devices'
+        buffers; and the losses.
     """
-    devices = [make_model(norm, num_devices=1) for _ in range(D)]
-    optimizers = []
+    devices = [make_model(norm, num_devices=1) for _ in range(num_devices)]
+    # Of each device one optimizer for the group "weights" and one for "scalars".
+    optimizers: list[list[torch.optim.SGD]] = []
     for model in devices:
         groups = parameter_groups(model)
-        factor = settings.scalar_lr_factor
-        for name, lr_factor in (("weights", 1.0), ("scalars", factor)):
-            decays = name == "weights" or settings.decay_scalars
-            optimizer = torch.optim.SGD(
-                groups[name],
-                lr=0.0,
-                momentum=settings.momentum,
-                nesterov=settings.nesterov,
-                weight_decay=settings.weight_decay if decays else 0.0,
-            )
-            optimizers.append((model, optimizer, lr_factor))
+        decays = {"weights": True, "scalars": settings.decay_scalars}
+        optimizers.append(
+            [
+                torch.optim.SGD(
+                    groups[name],
+                    lr=0.0,
+                    momentum=settings.momentum,
+                    nesterov=settings.nesterov,
+                    weight_decay=settings.weight_decay if decays[name] else 0.0,
+                )
+                for name in ("weights", "scalars")
+            ]
+        )
     start = {name: p.detach().clone() for name, p in devices[0].named_parameters()}
     zero = {name: torch.zeros_like(p) for name, p in start.items()}
     velocity, m = copy.deepcopy(zero), copy.deepcopy(zero)
@@ -112,17 +195,32 @@ def slow_reference(
     c = copy.deepcopy(zero)
     c_device = [copy.deepcopy(zero) for _ in devices]
     gradients_seen = [copy.deepcopy(zero) for _ in devices]
+    shares_of_classes = slow_shares(image_counts, num_devices)
+    class_means: dict[int, Tensor] = {}
     losses = []
+    who = list(range(num_devices))
     for update, batch in enumerate(batches):
         lr = learning_rate(update) if constant_lr is None else constant_lr
+        ids = batch.blocks[0][0]
+        if update % rules.local_steps == 0 and ids is not None:
+            who = ids.tolist()
+        shares = [1 / len(who)] * len(who)
+        if image_counts is not None:
+            shares = [image_counts[d] / sum(image_counts[k] for k in who) for d in who]
+        if rules.virtual_features and update % rules.local_steps == 0:
+            class_means, covariance = slow_statistics([devices[d] for d in who], batch, class_means)
         device_losses = []
-        for d, model in enumerate(devices):
+        for place, d in enumerate(who):
+            model = devices[d]
             model.zero_grad()
-            images, labels = batch.images[d::D], batch.labels[d::D]
+            images, labels = batch.images[place :: len(who)], batch.labels[place :: len(who)]
             logits = model(images, ((None, PER_DEVICE),))
             loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-            loss.backward()
             device_losses.append(loss.item())
+            if rules.virtual_features:
+                virtual = slow_virtual_loss(model, shares_of_classes[d], class_means, covariance)
+                loss = loss + rules.virtual_features * virtual
+            loss.backward()
             if settings.agc_clip_factor is not None:
                 clip_units_slowly(model, settings.agc_clip_factor)
             if settings.clip_grad_norm is not None:
@@ -130,30 +228,39 @@ def slow_reference(
             for name, p in model.named_parameters():
                 assert p.grad is not None
                 p.grad += rules.proximal_mu * (p.detach() - start[name])
-                decays = p.ndim > 1 or settings.decay_scalars
-                decay = settings.weight_decay * p.detach() if decays else 0.0
+                decays_p = p.ndim > 1 or settings.decay_scalars
+                decay = settings.weight_decay * p.detach() if decays_p else 0.0
                 gradients_seen[d][name] += p.grad + decay
                 if rules.control_variates:
                     p.grad += c[name] - c_device[d][name]
-        for _, optimizer, lr_factor in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * lr_factor
-            optimizer.step()
-        losses.append(sum(device_losses) / D)
+            for optimizer, factor in zip(
+                optimizers[d], (1.0, settings.scalar_lr_factor), strict=True
+            ):
+                optimizer.param_groups[0]["lr"] = lr * factor
+                optimizer.step()
+        losses.append(sum(device_losses) / len(who))
+        ends = [
+            {name: p.detach().clone() for name, p in devices[d].named_parameters()} for d in who
+        ]
+        mean = mean_over_devices(ends, shares)
         if (update + 1) % rules.local_steps:
             continue
-        ends = [
-            {name: p.detach().clone() for name, p in model.named_parameters()} for model in devices
-        ]
-        change = {name: mean - start[name] for name, mean in mean_over_devices(ends).items()}
+        change = {name: mean[name] - start[name] for name in start}
         if rules.control_variates:
-            for d in range(D):
-                for name in start:
-                    if literal_option_two:
-                        drift = (start[name] - ends[d][name]) / (rules.local_steps * lr)
-                        c_device[d][name] = c_device[d][name] - c[name] + drift
-                    else:
-                        c_device[d][name] = gradients_seen[d][name] / rules.local_steps
-            c = mean_over_devices(c_device)
+            variate_changes = []
+            for d, end in zip(who, ends, strict=True):
+                before = c_device[d]
+                c_device[d] = {
+                    name: before[name]
+                    - c[name]
+                    + (start[name] - end[name]) / rules.local_steps / lr
+                    if literal_option_two
+                    else gradients_seen[d][name] / rules.local_steps
+                    for name in start
+                }
+                variate_changes.append({n: c_device[d][n] - before[n] for n in start})
+            moved = mean_over_devices(variate_changes)
+            c = {name: c[name] + len(who) / num_devices * moved[name] for name in start}
         gradients_seen = [copy.deepcopy(zero) for _ in devices]
         for name in start:
             if rules.server_optimizer == "adam":
@@ -165,22 +272,32 @@ def slow_reference(
             else:
                 velocity[name] = rules.server_momentum * velocity[name] - change[name]
                 start[name] = start[name] - rules.server_lr * velocity[name]
-        buffers = mean_over_devices([dict(model.named_buffers()) for model in devices])
+        mean = start
         for model in devices:
-            model.load_state_dict({**start, **buffers})
-        for of_one_group in (optimizers[0::2], optimizers[1::2]):
-            for parameters in zip(
-                *(o.param_groups[0]["params"] for _, o, _ in of_one_group), strict=True
-            ):
-                states = [o.state[p] for (_, o, _), p in zip(of_one_group, parameters, strict=True)]
-                if settings.momentum and rules.local_momentum == "average":
-                    mean = sum(s["momentum_buffer"] for s in states) / D
-                    for s in states:
-                        s["momentum_buffer"] = mean.clone()
-                elif settings.momentum and rules.local_momentum == "reset":
-                    for s in states:
-                        del s["momentum_buffer"]
-    return mean_over_devices([model.state_dict() for model in devices]), losses
+            model.load_state_dict(start, strict=False)
+        if len(who) == num_devices:
+            buffers = mean_over_devices([dict(model.named_buffers()) for model in devices])
+            for model in devices:
+                model.load_state_dict(buffers, strict=False)
+        if not settings.momentum or rules.local_momentum == "keep":
+            continue
+        for group in (0, 1):
+            parameters = [
+                optimizers[d][group].param_groups[0]["params"] for d in range(num_devices)
+            ]
+            for of_devices in zip(*parameters, strict=True):
+                momentum = sum(
+                    share * optimizers[d][group].state[of_devices[d]]["momentum_buffer"]
+                    for share, d in zip(shares, who, strict=True)
+                )
+                for d, p in enumerate(of_devices):
+                    optimizers[d][group].state[p]["momentum_buffer"] = (
+                        momentum.clone()
+                        if rules.local_momentum == "average"
+                        else torch.zeros_like(p)
+                    )
+    buffers = mean_over_devices([dict(model.named_buffers()) for model in devices])
+    return {**mean, **buffers}, losses
 
 
 def assert_equal_weights(model: nn.Module, wanted: Weights, tolerance: float = 1e-10) -> None:
@@ -202,8 +319,13 @@ RULES = {
         server_optimizer="adam", server_lr=0.01, server_momentum=0.9, server_beta2=0.98
     ),
     "scaffold": FederatedSettings(control_variates=True),
+    "virtual features": FederatedSettings(virtual_features=0.7),
     "all at once": FederatedSettings(
-        control_variates=True, proximal_mu=0.1, server_momentum=0.5, server_lr=0.9
+        control_variates=True,
+        proximal_mu=0.1,
+        server_momentum=0.5,
+        server_lr=0.9,
+        virtual_features=1.0,
     ),
 }
 
@@ -222,6 +344,74 @@ def test_it_equals_separate_devices(norm: str, name: str) -> None:
     assert losses == pytest.approx(wanted_losses, rel=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("norm", "name", "image_counts"),
+    [
+        ("batch", "fedavg", None),
+        ("batch", "fedavg", COUNTS),
+        ("batch", "scaffold", COUNTS),
+        ("fixup", "fedavg", COUNTS),
+        ("fixup", "fedavg, momentum reset", COUNTS),
+        ("fixup", "fedprox", None),
+        ("fixup", "fedavgm", COUNTS),
+        ("fixup", "fedadam", COUNTS),
+        ("fixup", "scaffold", None),
+        ("batch", "virtual features", COUNTS),
+        ("fixup", "all at once", COUNTS),
+    ],
+)
+def test_it_equals_separate_devices_of_which_some_take_part(
+    norm: str, name: str, image_counts: list[int] | None
+) -> None:
+    """Four rounds of two local steps, and evaluation one step into the last."""
+    rules = replace(RULES[name], local_steps=2)
+    settings = replace(LOCAL, scalar_lr_factor=0.1)
+    batches = make_partial_batches(4, 2)[:-1]
+    algorithm = make_algorithm(norm, settings, rules, ALL, image_counts)
+    losses = [algorithm.round(b, learning_rate(u)).item() for u, b in enumerate(batches)]
+    wanted, wanted_losses = slow_reference(
+        norm, batches, settings, rules, num_devices=ALL, image_counts=image_counts
+    )
+    assert_equal_weights(algorithm.global_model(), wanted)
+    assert losses == pytest.approx(wanted_losses, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "scaffold"])
+def test_all_devices_weighed_by_their_images(name: str) -> None:
+    rules = replace(RULES[name], local_steps=3)
+    batches = make_batches(7)
+    counts = [3, 50, 20]
+    algorithm = make_algorithm("group", LOCAL, rules, image_counts=counts)
+    for u, b in enumerate(batches):
+        algorithm.round(b, learning_rate(u))
+    wanted, _ = slow_reference("group", batches, LOCAL, rules, image_counts=counts)
+    alike, _ = slow_reference("group", batches, LOCAL, rules)
+    assert_equal_weights(algorithm.global_model(), wanted)
+    assert not torch.allclose(wanted["fc.weight"], alike["fc.weight"], rtol=1e-3)
+
+
+def test_weights_by_images_minimise_the_mean_over_all_images() -> None:
+    """With one plain step on whole devices, the average is a step on the union of their images."""
+    counts = [6, 2]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 2, 1, 1, 1, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 2, (6, 2), generator=generator)
+    # Equal shares of every step: the smaller device brings each of its two images three times.
+    images[2:, 1], labels[2:, 1] = images[:2, 1].repeat(2, 1, 1, 1), labels[:2, 1].repeat(2)
+    model = OneWeight()
+    algorithm = FederatedAveraging(
+        model, {"weights": [model.weight]}, SGDSettings(momentum=0.0, weight_decay=0.0),
+        FederatedSettings(), num_devices=2, image_counts=counts,
+    )  # fmt: skip
+    batch = Local(images.flatten(0, 1), labels.flatten(), ((None, 6),))
+    _, stepped = weights_after(algorithm, batch)
+    union = OneWeight()
+    all_images = torch.cat([images[:, 0], images[:2, 1]])
+    F.cross_entropy(union(all_images), torch.cat([labels[:, 0], labels[:2, 1]])).backward()  # type: ignore[no-untyped-call]
+    assert union.weight.grad is not None
+    assert stepped == pytest.approx(-union.weight.grad.item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
 def test_batch_normalization_keeps_each_devices_statistics(norm: str, name: str) -> None:
@@ -234,14 +424,16 @@ def test_batch_normalization_keeps_each_devices_statistics(norm: str, name: str)
     assert_equal_weights(algorithm.global_model(), slow_reference(norm, batches, LOCAL, rules)[0])
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "fixup"])
+@pytest.mark.parametrize(
+    ("norm", "partial"), [("batch", False), ("batch", True), ("group", False), ("fixup", False)]
+)
 def test_large_steps_take_the_devices_one_by_one(
-    norm: str, monkeypatch: pytest.MonkeyPatch
+    norm: str, partial: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same numbers."""
     rules = replace(RULES["all at once"], local_steps=3)
-    batches = make_batches(7)
-    mapped, single = (make_algorithm(norm, LOCAL, rules) for _ in range(2))
+    batches = make_partial_batches(2, 3) if partial else make_batches(7)
+    mapped, single = (make_algorithm(norm, LOCAL, rules, ALL if partial else D) for _ in range(2))
     for u, batch in enumerate(batches):
         monkeypatch.setattr(federated, "LARGE_STEP", 10**9)
         loss = mapped.round(batch, learning_rate(u))
@@ -404,14 +596,109 @@ def test_fedadam_by_hand() -> None:
 def test_scaffold_by_hand() -> None:
     algorithm, first, nothing = hand_sized(local_steps=1, control_variates=True)
     assert weights_after(algorithm, first) == ([0.5, 0.5], 0.5)
-    # c = (-2, 1), their mean -0.5: corrections 1.5 and -1.5, which cancel in the mean.
-    assert algorithm.state_dict()["variates"]["correction"]["weight"].flatten().tolist() == [
-        1.5, -1.5,
-    ]  # fmt: skip
+    # c_d = (-2, 1), c = -0.5: corrections 1.5 and -1.5, which cancel in the mean.
+    variates = algorithm.state_dict()["variates"]
+    assert variates["device"]["weight"].flatten().tolist() == [-2.0, 1.0]
+    assert variates["server"]["weight"].tolist() == [-0.5]
     assert weights_after(algorithm, nothing) == ([0.5, 0.5], 0.5)
     algorithm, first, nothing = hand_sized(local_steps=2, control_variates=True)
     weights_after(algorithm, first, nothing)  # mean gradients -1 and 0.5, their mean -0.25
     assert weights_after(algorithm, nothing) == ([0.5 - 0.75, 0.5 + 0.75], 0.5)
+
+
+class OnlyAClassifier(nn.Module):
+    """Features are the pixels."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(features, classes, dtype=torch.float64)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images: Tensor, blocks: Any = None) -> Tensor:
+        logits: Tensor = self.fc(images.flatten(1))
+        return logits
+
+
+def test_virtual_features_by_hand() -> None:
+    """Two devices with a class each, and two images of one pixel: 1 and 3, -2 and -4."""
+    model = OnlyAClassifier(1, 2)
+    algorithm = FederatedAveraging(
+        model, parameter_groups(model), SGDSettings(momentum=0.0, weight_decay=0.0),
+        FederatedSettings(local_steps=3, virtual_features=1.0), num_devices=2,
+        class_counts=[[2, 0], [0, 2]],
+    )  # fmt: skip
+    images = torch.tensor([1.0, -2.0, 3.0, -4.0], dtype=torch.float64).view(4, 1, 1, 1)
+    batch = Local(images, torch.tensor([0, 1, 0, 1]), ((None, 2),))
+    algorithm.round(batch, 0.1)
+    state = algorithm.state_dict()
+    assert state["virtual"]["mean"].tolist() == [[2.0], [-3.0]]
+    assert state["virtual"]["covariance"].tolist() == [[2.0]]  # (1 + 1 + 1 + 1) / (4 - 2)
+    # At w = b = 0 all softmaxes are a half. Both devices see both classes with weight 1:
+    # the slope of w_0 is -0.5 * 2 + 0.5 * -3.
+    w = state["local"]["fc.weight"].flatten().tolist()
+    assert w == pytest.approx([0.25, -0.25, 0.25, -0.25], rel=1e-12)
+    algorithm.round(batch, 0.1)
+    # For device 0 the class 1 is virtual: z_0 - z_1 = -3 (w_0 - w_1) + (w_0 - w_1)² with 2 / 2.
+    gap = 0.5
+    virtual = 1 / (1 + math.exp(-(-3 * gap + gap**2)))  # softmax_0 of it
+    own = [1 / (1 + math.exp(gap * x)) for x in (1, 3)]  # softmax_1 of its images
+    slope = -(own[0] * 1 + own[1] * 3) / 2 + virtual * (-3 + 2 * gap)
+    w = algorithm.state_dict()["local"]["fc.weight"][0].flatten().tolist()
+    assert w == pytest.approx([0.25 - 0.1 * slope, -0.25 + 0.1 * slope], rel=1e-12)
+
+
+def test_virtual_features_stand_for_draws_from_a_normal_distribution() -> None:
+    """Their loss is an upper bound of the draws' mean loss, and a close one."""
+    generator = torch.Generator().manual_seed(0)
+    model = OnlyAClassifier(6, CLASSES)
+    nn.init.normal_(model.fc.weight, std=0.2, generator=generator)
+    algorithm = FederatedAveraging(
+        model, parameter_groups(model), LOCAL, FederatedSettings(virtual_features=1.0),
+        num_devices=1, class_counts=[[1] * CLASSES],
+    )  # fmt: skip
+    images = torch.randn(40, 6, 1, 1, generator=generator, dtype=torch.float64)
+    labels = torch.arange(40) % CLASSES
+    algorithm.round(Local(images, labels, ((None, 40),)), 0.0)
+    algorithm._virtual_shares = torch.eye(CLASSES, dtype=torch.float64)[2:3]
+    bound = algorithm._virtual_losses().item()
+    statistics = algorithm.state_dict()["virtual"]
+    normal = torch.distributions.MultivariateNormal(statistics["mean"][2], statistics["covariance"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = normal.sample(torch.Size([20000]))
+    drawn = F.cross_entropy(model.fc(draws), torch.full((20000,), 2)).item()
+    assert drawn < bound < 1.1 * drawn
+
+
+def test_devices_that_hold_all_classes_alike_need_no_virtual_features() -> None:
+    batches = make_batches(5)
+    algorithms = []
+    for factor in (0.0, 1.0):
+        model = make_model("group")
+        algorithms.append(
+            FederatedAveraging(
+                model, parameter_groups(model), LOCAL,
+                FederatedSettings(local_steps=2, virtual_features=factor), num_devices=D,
+                class_counts=[[4, 2, 2, 2, 6]] * D,
+            )
+        )  # fmt: skip
+    for u, batch in enumerate(batches):
+        plain, virtual = (a.round(batch, learning_rate(u)) for a in algorithms)
+        torch.testing.assert_close(plain, virtual, rtol=1e-12, atol=1e-12)
+    assert_equal_weights(algorithms[1].global_model(), algorithms[0].global_model().state_dict())
+
+
+@pytest.mark.parametrize(
+    "counts", [None, [[1, 2, 3, 4, 5]], [[1] * 4] * 3, [[1] * 5, [0] * 5, [1] * 5]]
+)
+def test_virtual_features_need_every_devices_classes(counts: list[list[int]] | None) -> None:
+    model = make_model("group")
+    with pytest.raises(ValueError, match="accepted: numbers of images of 3 devices by 5 classes"):
+        FederatedAveraging(
+            model, parameter_groups(model), LOCAL, FederatedSettings(virtual_features=1.0),
+            num_devices=D, class_counts=counts,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -432,24 +719,30 @@ def test_clipping_by_hand() -> None:
     assert mean == pytest.approx(0.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["batch", "fixup"])
-@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold"])
-def test_it_goes_on_from_any_step(norm: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "virtual features"]
+)
+@pytest.mark.parametrize(("norm", "partial"), [("batch", True), ("batch", False), ("fixup", False)])
+def test_it_goes_on_from_any_step(norm: str, partial: bool, name: str) -> None:
     rules = replace(RULES[name], local_steps=3)
-    batches = make_batches(8)
-    whole = make_algorithm(norm, LOCAL, rules)
-    files, losses = [], []
+    batches = make_partial_batches(3, 3)[:8] if partial else make_batches(8)
+    devices: tuple[int, list[int] | None] = (ALL, COUNTS) if partial else (D, None)
+    whole = make_algorithm(norm, LOCAL, rules, *devices)
+    files, losses, evaluated = [], [], {}
     for u, batch in enumerate(batches):
+        evaluated[u] = copy.deepcopy(whole.global_model().state_dict())
         file = io.BytesIO()
         torch.save(whole.state_dict(), file)
         files.append(file)
         losses.append(whole.round(batch, learning_rate(u)))
     for cut in (1, 3, 4, 5):
-        resumed = make_algorithm(norm, LOCAL, rules)
+        resumed = make_algorithm(norm, LOCAL, rules, *devices)
         # What was trained before a resume must leave no trace.
         resumed.round(batches[-1], 0.1)
         files[cut].seek(0)
         resumed.load_state_dict(torch.load(files[cut], weights_only=True))
+        for n, value in resumed.global_model().state_dict().items():
+            assert torch.equal(value, evaluated[cut][n]), n
         for u, batch in enumerate(batches[cut:], start=cut):
             assert torch.equal(resumed.round(batch, learning_rate(u)), losses[u])
         for n, value in whole.global_model().state_dict().items():
@@ -490,6 +783,32 @@ def test_unequal_local_batches_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    "blocks", [((None, 4),), ((torch.arange(4), 3),), ((torch.arange(2), 4), (torch.arange(2), 2))]
+)
+def test_another_number_of_participants_is_refused(blocks: Any) -> None:
+    algorithm = make_algorithm("group", LOCAL, FederatedSettings(), ALL)
+    with pytest.raises(ValueError, match="multiple of the 3 devices of a round"):
+        algorithm.round(replace(make_batches(1)[0], blocks=blocks), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"devices_per_round": 4}, "devices_per_round = 4 is out of range; accepted: 1 to"),
+        ({"devices_per_round": 0}, "devices_per_round = 0 is out of range"),
+        ({"devices_per_round": 2, "local_momentum": "keep"}, "accepted: average, reset"),
+        ({"image_counts": [5, 5]}, "a number from 1 for each of the 3 devices"),
+        ({"image_counts": [5, 0, 5]}, "a number from 1 for each of the 3 devices"),
+    ],
+)
+def test_participants_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
+    model = make_model("group")
+    rules = FederatedSettings(local_momentum=options.pop("local_momentum", "average"))
+    with pytest.raises(ValueError, match=said):
+        FederatedAveraging(model, parameter_groups(model), LOCAL, rules, num_devices=D, **options)
+
+
+@pytest.mark.parametrize(
     ("norm", "rules", "said"),
     [
         ("sync-batch", {}, "norm = 'sync-batch'"),
@@ -507,6 +826,7 @@ def test_what_it_cannot_do_is_refused(norm: str, rules: dict[str, Any], said: st
     ("values", "said"),
     [
         ({"algorithm": "sync-sgd", "local_steps": 10}, "local_steps = 10 has no meaning"),
+        ({"algorithm": "sync-sgd", "virtual_features": 1}, "virtual_features = 1 has no meaning"),
         ({"algorithm": "fedavg", "global_batch_size": 322}, "equal local batches"),
         ({"algorithm": "scaffold", "norm": "sync-batch"}, "norm = 'sync-batch'"),
     ],
@@ -537,6 +857,24 @@ def test_a_trial_trains(norm: str, algorithm: str) -> None:
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert accuracy > 0.3
+
+
+def test_a_trial_trains_some_devices_at_a_time() -> None:
+    """Of different sizes, which speak to each other of the classes that they lack."""
+    made = TrialConfig.build(
+        {**TRAIN, "norm": "batch", "algorithm": "scaffold", "local_steps": 7, "peak_lr": 0.05,
+         "epochs": 4, "global_batch_size": 32, "num_devices": 8, "participation": 0.5,
+         "split": "dirichlet", "average_weights": "images", "virtual_features": 1.0,
+         "shared_images": 20},
+    )  # fmt: skip
+    runs: list[list[float]] = []
+    for _ in range(2):
+        losses: list[float] = []
+        runs.append(losses)
+        run = objective.Objective(objective.open_dataset(made, None), torch.device("cpu"))
+        run.run(made, seeds=1, on_epoch=lambda p: losses.append(p.result.val_loss))  # noqa: B023
+    assert runs[0] == runs[1]
+    assert runs[0][-1] < min(runs[0][0], math.log(10))
 
 
 @pytest.mark.parametrize("norm", ["group", "fixup"])

@@ -2,13 +2,24 @@
 
 Between two averages every device d takes H steps of SGD on its own copy y_d of the weights, on
 its own local batches; then the server, which holds the weights x that they all started from,
-makes new ones out of the copies. Devices bring equally many images to every step and take
-equally many steps, so each copy counts 1/D, however many images a device holds: what D devices
-minimise together is the mean of their losses, as in `SynchronousSGD`. (McMahan et al. weight by
-images held because their devices take steps in proportion to them; with equal shares that is
-the same.)
+makes new ones out of the copies. With partial participation only m of the D devices take part
+in a round, and S, the set of them, is another in the next; everything below happens to those in
+S, who all start the round from x.
 
-With Δ = mean_d(y_d) - x after H local steps, the server's rules are
+Devices bring equally many images to every step and take equally many steps, however many images
+they hold. Their weights in the average, w_d with Σ_{d∈S} w_d = 1, decide what they minimise
+together, where F_d is the mean loss over the images of device d:
+
+- uniform, w_d = 1/m: the mean of the devices' losses, Σ_d F_d / D, as in `SynchronousSGD`;
+- by images, w_d = n_d / Σ_{k∈S} n_k for devices that hold n_d images: Σ_d n_d F_d / Σ_k n_k, the
+  mean loss over all images (McMahan et al. 2017, algorithm 1). An image that several devices
+  hold, as shared ones are, counts once for each. Participants are drawn uniformly, so with
+  m < D this holds up to the variation of Σ_{k∈S} n_k.
+
+That is exact for H = 1, plain SGD and all devices; with more local steps, copies drift towards
+their own minima, and their average has a bias that no weights take away.
+
+With Δ = Σ_{d∈S} w_d·y_d - x after H local steps, the server's rules are
 
 - FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1): x ← x + Δ;
 - FedAvgM (Hsu, Qi and Brown 2019, arXiv 1909.06335, section 4.3): v ← βv - Δ, x ← x - ηv, from
@@ -21,20 +32,48 @@ and what a device may add to the gradient g_d of its loss, each with any of thes
 - FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): μ(y_d - x), the gradient of the
   proximal term (μ/2)·|y_d - x|²;
 - SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1): c - c_d, with the control
-  variates' option II, c_d ← c_d - c + (x - y_d) / (Hη), then c ← mean_d(c_d), all from 0. With
-  the paper's plain SGD at a constant rate η this makes c_d the mean of device d's gradients over
-  its H steps. That mean is what is kept here, since it alone still means something under
-  momentum (where x - y_d grows by 1 / (1 - momentum)) and under a rate that changes or ends at
-  0. The gradients are those of the local objective, weight decay and proximal term included.
+  variates' option II, c_d ← c_d - c + (x - y_d) / (Hη) for d in S, then by line 17
+  c ← c + (m/D)·mean_{d∈S}(change of c_d), all from 0, so that c is the mean of all D variates,
+  whoever took part. With the paper's plain SGD at a constant rate η this makes c_d the mean of
+  device d's gradients over its H steps. That mean is what is kept here, since it alone still
+  means something under momentum (where x - y_d grows by 1 / (1 - momentum)) and under a rate
+  that changes or ends at 0. The gradients are those of the local objective, weight decay and
+  proximal term included. Variates are plain means whatever w_d is.
 
 Clipping, per device, limits g_d alone: like the weight decay, what these two add comes after.
 
-Momentum buffers, which none of the papers' local steps have, are averaged like weights, kept by
-their devices, or reset to zero at every average. Averaged, FedAvg with H = 1 is `SynchronousSGD`.
+A device that holds few classes unlearns the others, and its classifier first: none of its images
+speaks for them. Virtual features speak for them instead. They stem from what the participants
+tell the server at the beginning of a round of the features h (what the classifier sees) that x
+gives their first local batches: each class's mean μ_k and one covariance Σ within the classes,
+which it sends to all of them. That takes one more forward pass a round. To the mean
+cross-entropy of its images a device adds
 
-Batch Normalization's running statistics stay with their devices. They have no part in training,
-and the model aggregates them for evaluation; as they are exponential averages, their mean over
-the devices is the same number whether or not they are also averaged in between.
+    λ·Σ_k v_dk·ℓ_k,   ℓ_k = -ln softmax_k(z_k),
+    z_kj = w_j·μ_k + b_j + ½ (w_j - w_k)ᵀ Σ (w_j - w_k),
+
+the cross-entropy of features drawn from the normal distribution N(μ_k, Σ), by its upper bound in
+closed form: E ln Σ_j exp(a_j) ≤ ln Σ_j E exp(a_j) (Wang et al. 2019, arXiv 1909.12220,
+proposition 1). It has a gradient for the classifier (w, b) alone. v_dk = s_d·q_k - p_dk, where
+p_dk is the share of class k in the images of device d, q_k its mean over all D devices, by images
+where the averages are, and s_d = max_k p_dk / q_k the least factor for which no v_dk is negative:
+with λ = 1 all classes have their overall shares in what the classifier learns from, and where
+every device holds those there is no term. Sharing features' normal distributions is due to Luo
+et al. 2021 (CCVR, arXiv 2106.05001), who train the classifier on them after FedAvg, and Tang et
+al. 2024 (FedImpro, arXiv 2402.07011), who train the upper layers on them in the local steps, as
+is done here. No image leaves its device, but statistics of a few images' features do. A class
+that no first batch of a round shows keeps its last mean; v_dk is 0 until there is one. The term
+counts as a part of g_d.
+
+Momentum buffers, which none of the papers' local steps have, are averaged like weights, with the
+same w_d, and given to the next participants; or reset to zero at every average; or, where all
+devices take part, kept by them. Averaged, FedAvg with H = 1 and uniform weights is
+`SynchronousSGD`.
+
+Batch Normalization's running statistics stay with their devices, and with those that sit a round
+out they stay as they are. They have no part in training, and the model aggregates them for
+evaluation by their plain mean; where all devices take part that is the same number whether or
+not they are also averaged in between, as they are exponential averages.
 """
 
 from __future__ import annotations
@@ -79,6 +118,7 @@ class FederatedSettings:
         server_momentum: β of FedAvgM, β₁ of FedAdam; FedAvg has 0.
         server_beta2: β₂ of FedAdam.
         server_epsilon: τ of FedAdam.
+        virtual_features: λ of the virtual features' loss; 0 leaves it out.
     """
 
     local_steps: int = 1
@@ -90,17 +130,20 @@ class FederatedSettings:
     server_momentum: float = 0.0
     server_beta2: float = 0.99
     server_epsilon: float = 1e-3
+    virtual_features: float = 0.0
 
 
 class FederatedAveraging:
     """D devices train their own copies of the weights, all at once, and average them.
 
-    The copies are stacked: for each parameter of the model a tensor `[D, ...]`. One forward
-    pass mapped over D, and one backward pass, give every device the gradient of its own loss;
-    since SGD works element by element, one optimizer on the stacked tensors is D separate ones.
+    The copies are stacked: for each parameter of the model a tensor `[m, ...]`, with m = D where
+    all devices take part in every round. One forward pass mapped over m, and one backward pass,
+    give every device the gradient of its own loss; since SGD works element by element, one
+    optimizer on the stacked tensors is m separate ones. What the D devices remember from one
+    turn to the next, control variates and running statistics, is `[D, ...]`.
 
-    `round` is one local step of all devices; every H-th ends with an average. The model given
-    lends its structure and keeps the buffers; its parameters are only those that
+    `round` is one local step of the participants; every H-th ends with an average. The model
+    given lends its structure and keeps the buffers; its parameters are only those that
     `global_model` writes there to be evaluated.
 
     Args:
@@ -109,6 +152,11 @@ class FederatedAveraging:
         settings: of the local SGD.
         federated: of everything else.
         num_devices: D.
+        devices_per_round: m, the devices that take part in a round; None is all.
+        image_counts: n_d, images that each of the D devices holds, to weigh its part in the
+            averages; None weighs all alike.
+        class_counts: images of each class that each of the D devices holds, D rows of as many
+            numbers as the model has logits; virtual features need it.
         classifier: as for `SynchronousSGD`.
         autocast_dtype: of the forward pass; None leaves it in the parameters' own.
 
@@ -125,10 +173,14 @@ class FederatedAveraging:
         federated: FederatedSettings,
         *,
         num_devices: int,
+        devices_per_round: int | None = None,
+        image_counts: Sequence[int] | None = None,
+        class_counts: Sequence[Sequence[int]] | None = None,
         classifier: Collection[nn.Parameter] = (),
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        _check(model, federated, num_devices)
+        m = num_devices if devices_per_round is None else devices_per_round
+        _check(model, federated, num_devices, m, image_counts)
         if settings.lars_trust_coefficient is not None:
             raise ValueError("the devices' local optimizer cannot be LARS; accepted: SGD")
         self._model = model
@@ -138,16 +190,22 @@ class FederatedAveraging:
         self._label_smoothing = settings.label_smoothing
         self._autocast_dtype = autocast_dtype
         self._num_devices = num_devices
+        self._devices_per_round = m
         self._steps = 0
-        # Of each parameter, in the order of `model.parameters()`: x, and the D copies of it.
+        # Of each parameter, in the order of `model.parameters()`: x, and the m copies of it.
         self._global = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._local = {
-            name: torch.stack([x] * num_devices).requires_grad_()
-            for name, x in self._global.items()
+            name: torch.stack([x] * m).requires_grad_() for name, x in self._global.items()
         }
         # Views: what the devices' passes write there, the model has.
         self._buffers = {name: b.unsqueeze(1) for name, b in model.named_buffers()}
         device = next(iter(self._global.values())).device
+        self._participants = torch.arange(m, device=device)
+        self._image_counts = (
+            None
+            if image_counts is None
+            else torch.tensor(list(image_counts), dtype=torch.float64, device=device)
+        )
         names = {p: name for name, p in model.named_parameters()}
         self._classifier = {names[p] for p in classifier}
         param_groups: list[dict[str, Any]] = [
@@ -173,25 +231,42 @@ class FederatedAveraging:
         )
         self._server = self._fresh_server()
         self._variates = self._fresh_variates()
+        self._virtual: dict[str, Tensor] = {}
+        if federated.virtual_features:
+            weight = self._global["fc.weight"]
+            self._virtual = _fresh_statistics(weight)
+            self._virtual_shares = _virtual_shares(
+                class_counts, image_counts or [1] * num_devices, weight
+            )
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor:
-        """Take one local step on every device, and average after every H-th.
+        """Take one local step on every participant, and average after every H-th.
 
         Args:
-            batch: the devices' local batches, equally large.
+            batch: the participants' local batches, equally large. Where m < D its one block
+                names them; they are the same m devices in all H steps from one average to the
+                next.
             lr: learning rate of the local SGD.
 
         Returns:
-            The loss averaged over devices, a 0-d tensor on the training device.
+            The cross-entropy of the images averaged over participants, a 0-d tensor on the
+            training device.
 
         Raises:
-            ValueError: the devices bring different numbers of images.
+            ValueError: the devices bring different numbers of images, or another number of
+                devices than m takes part.
         """
+        per_device = self._take_part(batch)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._optimizer.zero_grad(set_to_none=True)
-        losses = self._losses(batch)
-        losses.sum().backward()
+        losses = self._losses(batch, per_device)
+        total = losses.sum()
+        if self._settings.virtual_features:
+            if self._steps % self._settings.local_steps == 0:
+                self._survey(batch)
+            total = total + self._settings.virtual_features * self._virtual_losses().sum()
+        total.backward()
         with torch.no_grad():
             self._change_gradients()
             self._optimizer.step()
@@ -204,30 +279,33 @@ class FederatedAveraging:
 
     @torch.no_grad()
     def global_model(self) -> nn.Module:
-        """The model to evaluate: the mean of the devices' weights as they are now.
+        """The model to evaluate: the participants' weights as they are now, averaged.
 
         Right after an average those are the server's; in between, what plain averaging would
         give. No state of the training changes.
         """
         for name, parameter in self._model.named_parameters():
-            parameter.copy_(self._local[name].mean(dim=0))
+            parameter.copy_(self._mean(self._local[name]))
         return self._model
 
     def state_dict(self) -> dict[str, Any]:
         """Every weight vector, buffer and memory, of the devices and of the server."""
         return {
             "steps": self._steps,
+            "participants": self._participants,
             "global": self._global,
             "local": {name: y.detach() for name, y in self._local.items()},
             "buffers": dict(self._model.named_buffers()),
             "optimizer": self._optimizer.state_dict(),
             "server": self._server,
             "variates": self._variates,
+            "virtual": self._virtual,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._steps = state["steps"]
+        self._participants = state["participants"].to(self._participants.device, copy=True)
         with torch.no_grad():
             _copy(self._global, state["global"])
             _copy(self._local, state["local"])
@@ -236,26 +314,53 @@ class FederatedAveraging:
                 _copy(ours, state["server"][memory])
             for memory, ours in self._variates.items():
                 _copy(ours, state["variates"][memory])
+            _copy(self._virtual, state["virtual"])
         self._optimizer.load_state_dict(state["optimizer"])
 
-    def _losses(self, batch: DeviceBatch) -> Tensor:
-        """Each device's loss on its own batch, [D]."""
-        D = self._num_devices
-        if len(batch.blocks) != 1 or batch.blocks[0][0] is not None:
+    def _take_part(self, batch: DeviceBatch) -> int:
+        """Note who brought a batch; return how many images each did."""
+        D, m = self._num_devices, self._devices_per_round
+        ids, per_device = batch.blocks[0]
+        taking_part = D if ids is None else ids.shape[0]
+        if len(batch.blocks) != 1 or taking_part != m:
+            who = f"num_devices = {D}" if m == D else f"the {m} devices of a round"
             raise ValueError(
-                f"the devices bring different numbers of images to a batch of "
-                f"{batch.labels.shape[0]}: with algorithm = 'fedavg' or 'scaffold' "
-                f"global_batch_size must be a multiple of num_devices = {D}"
+                f"a batch of {batch.labels.shape[0]} images is not of {m} devices that bring "
+                f"equally many: with algorithm = 'fedavg' or 'scaffold' global_batch_size must be "
+                f"a multiple of {who}"
             )
-        per_device = batch.blocks[0][1]
-        # Sample i * D + j is device j's.
-        images = batch.images.unflatten(0, (per_device, D))
-        labels = batch.labels.unflatten(0, (per_device, D))
+        if ids is not None:
+            self._participants = ids
+        return int(per_device)
+
+    def _rows(self, of_all: Tensor) -> Tensor:
+        """The participants' rows of what all devices have, `[D, ...]` to `[m, ...]`."""
+        if self._devices_per_round == self._num_devices:
+            return of_all
+        return of_all.index_select(0, self._participants)
+
+    def _mean(self, y: Tensor) -> Tensor:
+        """The participants' average of `[m, ...]`."""
+        if self._image_counts is None:
+            return y.mean(dim=0)
+        counts = self._image_counts.index_select(0, self._participants)
+        mean: Tensor = torch.tensordot((counts / counts.sum()).to(y.dtype), y, dims=1)
+        return mean
+
+    def _losses(self, batch: DeviceBatch, per_device: int) -> Tensor:
+        """Each participant's loss on its own batch, [m]."""
+        m = self._devices_per_round
+        # Sample i * m + j is participant j's.
+        images = batch.images.unflatten(0, (per_device, m))
+        labels = batch.labels.unflatten(0, (per_device, m))
+        # To its own pass a device is the only one, whatever its number.
+        blocks = ((None, per_device),)
+        buffers = {name: self._rows(b) for name, b in self._buffers.items()}
 
         def loss(
-            parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
+            parameters: dict[str, Tensor], own: dict[str, Tensor], x: Tensor, y: Tensor
         ) -> Tensor:
-            logits = functional_call(self._model, (parameters, buffers), (x, batch.blocks))
+            logits = functional_call(self._model, (parameters, own), (x, blocks))
             return F.cross_entropy(logits, y, label_smoothing=self._label_smoothing)
 
         with torch.autocast(
@@ -265,17 +370,60 @@ class FederatedAveraging:
         ):
             if images.device.type == "cpu" and per_device * images[0, 0, 0].numel() >= LARGE_STEP:
                 of_devices = zip(
-                    _unbind(self._local, D),
-                    _unbind(self._buffers, D),
+                    _unbind(self._local, m),
+                    _unbind(buffers, m),
                     images.unbind(1),
                     labels.unbind(1),
                     strict=True,
                 )
-                return torch.stack([loss(*of_device) for of_device in of_devices])
-            losses: Tensor = vmap(loss, in_dims=(0, 0, 1, 1))(
-                self._local, self._buffers, images, labels
-            )
+                losses = torch.stack([loss(*of_device) for of_device in of_devices])
+            else:
+                losses = vmap(loss, in_dims=(0, 0, 1, 1))(self._local, buffers, images, labels)
+        if m < self._num_devices:
+            for name, rows in buffers.items():
+                self._buffers[name].index_copy_(0, self._participants, rows)
         return losses
+
+    @torch.no_grad()
+    def _survey(self, batch: DeviceBatch) -> None:
+        """Take the statistics of the features that the server's weights give a batch."""
+        classifier_inputs: list[Tensor] = []
+        hook = self._model.get_submodule("fc").register_forward_pre_hook(
+            lambda _, args: classifier_inputs.append(args[0])
+        )
+        # The pass of the same images that trains is the one to change running statistics.
+        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        try:
+            with torch.autocast(
+                batch.images.device.type,
+                dtype=self._autocast_dtype,
+                enabled=self._autocast_dtype is not None,
+            ):
+                functional_call(self._model, (self._global, buffers), (batch.images, batch.blocks))
+        finally:
+            hook.remove()
+        mean, known = self._virtual["mean"], self._virtual["known"]
+        features = classifier_inputs[0].to(mean.dtype)  # [B, F]
+        of_class = F.one_hot(batch.labels, mean.shape[0]).to(mean.dtype)  # [B, C]
+        counts = of_class.sum(dim=0)
+        seen = counts > 0
+        means = of_class.T @ features / counts.clamp(min=1).unsqueeze(1)
+        mean.copy_(torch.where(seen.unsqueeze(1), means, mean))
+        known.logical_or_(seen)
+        residuals = features - mean[batch.labels]
+        freedom = (len(features) - seen.sum()).clamp(min=1)
+        torch.div(residuals.T @ residuals, freedom, out=self._virtual["covariance"])
+
+    def _virtual_losses(self) -> Tensor:
+        """Each participant's Σ_k v_dk·ℓ_k, [m]."""
+        weight, bias = self._local["fc.weight"], self._local["fc.bias"]  # [m, C, F], [m, C]
+        q = weight @ self._virtual["covariance"] @ weight.mT
+        diagonal = q.diagonal(dim1=1, dim2=2)
+        spread = diagonal.unsqueeze(1) - 2 * q + diagonal.unsqueeze(2)
+        logits = (weight @ self._virtual["mean"].T).mT + bias.unsqueeze(1) + spread / 2
+        losses = -logits.log_softmax(dim=2).diagonal(dim1=1, dim2=2)  # [m, C]
+        shares = self._rows(self._virtual_shares) * self._virtual["known"]
+        return (shares * losses).sum(dim=1)
 
     def _change_gradients(self) -> None:
         """Clip every device's gradient, then add what FedProx and SCAFFOLD add."""
@@ -296,14 +444,15 @@ class FederatedAveraging:
             if self._settings.control_variates:
                 total = self._variates["sum"][name]
                 total.add_(gradient).add_(y, alpha=self._weight_decay[y])
-                gradient.add_(self._variates["correction"][name])
+                c, c_d = self._variates["server"][name], self._rows(self._variates["device"][name])
+                gradient.add_(c - c_d)
 
     def _update_global(self) -> None:
         """Make the server's new weights of the devices', and hand them back to all."""
         rule = self._settings
         for name, x in self._global.items():
             y = self._local[name]
-            mean = y.mean(dim=0)
+            mean = self._mean(y)
             if rule.server_optimizer == "adam":
                 change = mean - x
                 m, v = self._server["m"][name], self._server["v"][name]
@@ -321,12 +470,13 @@ class FederatedAveraging:
             y.copy_(x.expand_as(y))
 
     def _update_variates(self) -> None:
-        """Set c_d to the round's mean gradient; c - c_d is all that the next round needs."""
+        """Set the participants' c_d to the round's mean gradients, and c to the mean of all c_d."""
         if not self._settings.control_variates:
             return
         for name, total in self._variates["sum"].items():
-            variate = total / self._settings.local_steps
-            torch.sub(variate.mean(dim=0), variate, out=self._variates["correction"][name])
+            variates = self._variates["device"][name]
+            variates.index_copy_(0, self._participants, total / self._settings.local_steps)
+            torch.mean(variates, dim=0, out=self._variates["server"][name])
             total.zero_()
 
     def _update_momentum(self) -> None:
@@ -335,7 +485,7 @@ class FederatedAveraging:
             if momentum is None or self._settings.local_momentum == "keep":
                 continue
             if self._settings.local_momentum == "average":
-                momentum.copy_(momentum.mean(dim=0).expand_as(momentum))
+                momentum.copy_(self._mean(momentum).expand_as(momentum))
             else:
                 momentum.zero_()
 
@@ -351,13 +501,58 @@ class FederatedAveraging:
     def _fresh_variates(self) -> dict[str, dict[str, Tensor]]:
         if not self._settings.control_variates:
             return {}
+        # c_d of all devices and c, and the sum of each participant's gradients in this round.
         return {
-            memory: {name: torch.zeros_like(y.detach()) for name, y in self._local.items()}
-            for memory in ("correction", "sum")
+            "device": {
+                name: x.new_zeros(self._num_devices, *x.shape) for name, x in self._global.items()
+            },
+            "server": {name: torch.zeros_like(x) for name, x in self._global.items()},
+            "sum": {name: torch.zeros_like(y.detach()) for name, y in self._local.items()},
         }
 
 
-def _check(model: nn.Module, settings: FederatedSettings, num_devices: int) -> None:
+def _fresh_statistics(weight: Tensor) -> dict[str, Tensor]:
+    """What is known of the features of C classes before the first round; `weight` is [C, F]."""
+    classes, width = weight.shape
+    return {
+        "mean": torch.zeros_like(weight),
+        "covariance": weight.new_zeros(width, width),
+        "known": torch.zeros(classes, dtype=torch.bool, device=weight.device),
+    }
+
+
+def _virtual_shares(
+    class_counts: Sequence[Sequence[int]] | None, device_weights: Sequence[int], weight: Tensor
+) -> Tensor:
+    """v_dk, [D, C], of the module's docstring; `weight` is the classifier's [C, F].
+
+    Raises:
+        ValueError: the counts are not of D devices with an image each, and C classes.
+    """
+    counts = torch.tensor([list(row) for row in class_counts or ()], dtype=torch.float64)
+    num_devices = len(device_weights)
+    accepted = (num_devices, weight.shape[0])
+    if counts.shape != accepted or not (counts.sum(dim=1) > 0).all():
+        raise ValueError(
+            f"class_counts of shape {list(counts.shape)} are not accepted with virtual features; "
+            f"accepted: numbers of images of {num_devices} devices by {weight.shape[0]} classes, "
+            "at least one image a device"
+        )
+    p = counts / counts.sum(dim=1, keepdim=True)
+    of_device = torch.tensor(list(device_weights), dtype=torch.float64)
+    q = of_device @ p / of_device.sum()
+    # A class that no device holds has no share anywhere: 0 / 1.
+    least = (p / torch.where(q > 0, q, 1.0)).amax(dim=1, keepdim=True)
+    return (least * q - p).clamp(min=0).to(weight)
+
+
+def _check(
+    model: nn.Module,
+    settings: FederatedSettings,
+    num_devices: int,
+    devices_per_round: int,
+    image_counts: Sequence[int] | None,
+) -> None:
     for name, value, accepted in (
         ("local_momentum", settings.local_momentum, LOCAL_MOMENTA),
         ("server_optimizer", settings.server_optimizer, SERVER_OPTIMIZERS),
@@ -366,6 +561,23 @@ def _check(model: nn.Module, settings: FederatedSettings, num_devices: int) -> N
             raise ValueError(f"{name} = {value!r} is unknown; accepted: {', '.join(accepted)}")
     if settings.local_steps < 1:
         raise ValueError(f"local_steps = {settings.local_steps} is too small; accepted: from 1")
+    if not 1 <= devices_per_round <= num_devices:
+        raise ValueError(
+            f"devices_per_round = {devices_per_round} is out of range; accepted: 1 to "
+            f"num_devices = {num_devices}"
+        )
+    if settings.local_momentum == "keep" and devices_per_round < num_devices:
+        raise ValueError(
+            f"local_momentum = 'keep' has no meaning where {devices_per_round} of {num_devices} "
+            "devices take part in a round; accepted: average, reset"
+        )
+    if image_counts is not None and (
+        len(image_counts) != num_devices or any(count < 1 for count in image_counts)
+    ):
+        raise ValueError(
+            f"image_counts = {list(image_counts)} is not accepted; accepted: a number from 1 for "
+            f"each of the {num_devices} devices"
+        )
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise ValueError(
             "norm = 'sync-batch' needs all devices' statistics in every layer of every step, "
