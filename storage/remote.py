@@ -16,7 +16,7 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -273,9 +273,33 @@ class RemoteTrialTable:
         text = None if started is None else started.isoformat()
         return bool(self._call("requeue", trial_id=trial_id, old=old, died=died, started=text))
 
-    def finish(self, trial_id: int, old: str, state: TrialState, value: float | None) -> bool:
+    def finish(
+        self,
+        trial_id: int,
+        old: str,
+        state: TrialState,
+        value: float | None,
+        user_attrs: Mapping[str, Any],
+        system_attrs: Mapping[str, Any],
+    ) -> bool:
         """RUNNING → ``state``."""
-        return bool(self._call("finish", trial_id=trial_id, old=old, state=state.name, value=value))
+        return bool(
+            self._call(
+                "finish", trial_id=trial_id, old=old, state=state.name, value=value,
+                user_attrs=dict(user_attrs), system_attrs=dict(system_attrs),
+            )
+        )  # fmt: skip
+
+    def report(
+        self, trial_id: int, token: str, step: int, value: float, system_attrs: Mapping[str, Any]
+    ) -> bool:
+        """Write a step's value and attributes."""
+        return bool(
+            self._call(
+                "report", trial_id=trial_id, token=token, step=step, value=value,
+                system_attrs=dict(system_attrs),
+            )
+        )  # fmt: skip
 
     def forget_steps(self, trial_id: int, after: int) -> None:
         """Delete the intermediate values beyond a step."""

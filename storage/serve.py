@@ -166,7 +166,10 @@ class _Claims:
             "read": self._read,
             "requeue": self._requeue,
             "finish": self._finish,
-            **{name: self._as_it_is(name) for name in ("take", "create", "forget_steps", "beat")},
+            **{
+                name: self._as_it_is(name)
+                for name in ("take", "create", "forget_steps", "beat", "report")
+            },
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(_unary(operation), json.loads, _to_json)
@@ -214,8 +217,16 @@ class _Claims:
         began = None if started is None else datetime.fromisoformat(started)
         return self._table.requeue(trial_id, old, died=died, started=began)
 
-    def _finish(self, trial_id: int, old: str, state: str, value: float | None) -> bool:
-        return self._table.finish(trial_id, old, TrialState[state], value)
+    def _finish(
+        self,
+        trial_id: int,
+        old: str,
+        state: str,
+        value: float | None,
+        user_attrs: dict[str, Any],
+        system_attrs: dict[str, Any],
+    ) -> bool:
+        return self._table.finish(trial_id, old, TrialState[state], value, user_attrs, system_attrs)
 
     def _exclusive(self, request: Any, context: Any) -> Iterator[bool]:
         """Answer True and hold the store's lock until the client goes; False if it is held."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,9 +61,11 @@ class TrialTable:
         self._studies: Table = models.StudyModel.__table__
         self._trials: Table = models.TrialModel.__table__
         self._attrs: Table = models.TrialSystemAttributeModel.__table__
+        self._user_attrs: Table = models.TrialUserAttributeModel.__table__
         self._values: Table = models.TrialValueModel.__table__
         self._intermediate: Table = models.TrialIntermediateValueModel.__table__
         self._finite = models.TrialValueModel.TrialValueType.FINITE
+        self._finite_step = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
 
     def _reading(self) -> AbstractContextManager[Connection]:
         return self._engine.connect().execution_options(**{READ_ONLY_OPTION: True})
@@ -300,6 +302,8 @@ class TrialTable:
         value: float | None = None,
         started: datetime | None = None,
         completed: datetime | None = None,
+        user_attrs: Mapping[str, Any] | None = None,
+        system_attrs: Mapping[str, Any] | None = None,
     ) -> bool:
         """RUNNING → ``state`` if the lease still is ``old``, else change nothing."""
         from optuna.trial import TrialState
@@ -326,7 +330,22 @@ class TrialTable:
                         trial_id=trial_id, objective=0, value=value, value_type=self._finite
                     )
                 )
+            self._set_attrs(connection, self._user_attrs, trial_id, user_attrs or {})
+            self._set_attrs(connection, self._attrs, trial_id, system_attrs or {})
         return True
+
+    def _set_attrs(
+        self, connection: Connection, table: Table, trial_id: int, attrs: Mapping[str, Any]
+    ) -> None:
+        from sqlalchemy import insert, update
+
+        for key, value in attrs.items():
+            text = json.dumps(value)
+            is_it = (table.c.trial_id == trial_id) & (table.c.key == key)
+            if connection.execute(update(table).where(is_it).values(value_json=text)).rowcount == 0:
+                connection.execute(
+                    insert(table).values(trial_id=trial_id, key=key, value_json=text)
+                )
 
     def requeue(
         self, trial_id: int, old: str | None, *, died: bool, started: datetime | None = None
@@ -349,15 +368,51 @@ class TrialTable:
             trial_id, old, released, state=TrialState.WAITING, started=started
         )
 
-    def finish(self, trial_id: int, old: str, state: TrialState, value: float | None) -> bool:
-        """RUNNING → ``state`` with ``value`` if the lease still is ``old``."""
+    def finish(
+        self,
+        trial_id: int,
+        old: str,
+        state: TrialState,
+        value: float | None,
+        user_attrs: Mapping[str, Any],
+        system_attrs: Mapping[str, Any],
+    ) -> bool:
+        """RUNNING → ``state`` with ``value`` and attributes if the lease still is ``old``."""
         before = parse_lease(old)
         finished = {"finished": state.name, "value": value} | {
             key: before.get(key) for key in ("worker", "host", "token", "attempt", "deaths")
         }
         return self._leave_running(
-            trial_id, old, finished, state=state, value=value, completed=_utc_now()
-        )
+            trial_id, old, finished, state=state, value=value, completed=_utc_now(),
+            user_attrs=user_attrs, system_attrs=system_attrs,
+        )  # fmt: skip
+
+    def report(
+        self, trial_id: int, token: str, step: int, value: float, system_attrs: Mapping[str, Any]
+    ) -> bool:
+        """Write a step's value and attributes if the lease with that token holds the trial."""
+        from optuna.trial import TrialState
+        from sqlalchemy import insert, select, update
+
+        attrs, steps = self._attrs, self._intermediate
+        with self._engine.begin() as connection:
+            # Locked, so that nobody takes the trial over before the step is written.
+            text = connection.execute(
+                select(attrs.c.value_json)
+                .where(attrs.c.trial_id == trial_id, attrs.c.key == LEASE_ATTR)
+                .with_for_update()
+            ).scalar()
+            state = connection.execute(
+                select(self._trials.c.state).where(self._trials.c.trial_id == trial_id)
+            ).scalar()
+            if state != TrialState.RUNNING or parse_lease(text).get("token") != token:
+                return False
+            what = {"intermediate_value": value, "intermediate_value_type": self._finite_step}
+            is_it = (steps.c.trial_id == trial_id) & (steps.c.step == step)
+            if connection.execute(update(steps).where(is_it).values(**what)).rowcount == 0:
+                connection.execute(insert(steps).values(trial_id=trial_id, step=step, **what))
+            self._set_attrs(connection, attrs, trial_id, system_attrs)
+            return True
 
     def forget_steps(self, trial_id: int, after: int) -> None:
         """Delete the intermediate values beyond a step."""

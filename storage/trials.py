@@ -306,8 +306,36 @@ class TrialQueue:
         row = self._table.read(claim.trial_id)
         return row is not None and parse_lease(row[1]).get("released_token") == claim.token
 
-    def finish(self, claim: Claim, state: TrialState, value: float | None = None) -> bool:
-        """Write the result of the trial, once.
+    def report(
+        self, claim: Claim, step: int, value: float, *, system_attrs: Mapping[str, Any]
+    ) -> bool:
+        """Write the value of a step, as ``optuna.Trial.report`` does, and attributes beside it.
+
+        Returns False, and writes nothing, if the trial is not this worker's any more. A step
+        that is there already is overwritten.
+
+        Args:
+            claim: the trial.
+            step: from 0.
+            value: finite.
+            system_attrs: JSON values by key.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"the value of a step must be finite, got {value}")
+        return with_retries(
+            lambda: self._table.report(claim.trial_id, claim.token, step, value, system_attrs)
+        )
+
+    def finish(
+        self,
+        claim: Claim,
+        state: TrialState,
+        value: float | None = None,
+        *,
+        user_attrs: Mapping[str, Any] | None = None,
+        system_attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Write the result of the trial, once, and attributes with it.
 
         Returns False, and writes nothing, if the lease was lost or the trial is already
         finished. Repeating the very call that has succeeded returns True and changes nothing.
@@ -317,6 +345,7 @@ class TrialQueue:
             claim: the trial.
             state: COMPLETE with a value, PRUNED with or without one, FAIL without.
             value: the objective; finite.
+            user_attrs, system_attrs: JSON values by key.
 
         Raises:
             ValueError: another state, a missing or superfluous value, or one that is not finite.
@@ -334,13 +363,21 @@ class TrialQueue:
             value = float(value)
             if not math.isfinite(value):
                 raise ValueError(f"the value must be finite, got {value}; use PRUNED or FAIL")
-        finished = with_retries(lambda: self._finish(claim, state, value))
+        attrs = (user_attrs or {}, system_attrs or {})
+        finished = with_retries(lambda: self._finish(claim, state, value, *attrs))
         self._forget(claim)
         return finished
 
-    def _finish(self, claim: Claim, state: TrialState, value: float | None) -> bool:
+    def _finish(
+        self,
+        claim: Claim,
+        state: TrialState,
+        value: float | None,
+        user_attrs: Mapping[str, Any],
+        system_attrs: Mapping[str, Any],
+    ) -> bool:
         while (text := self._own_lease(claim)) is not None:
-            if self._table.finish(claim.trial_id, text, state, value):
+            if self._table.finish(claim.trial_id, text, state, value, user_attrs, system_attrs):
                 return True
         # Our own commit may have gone through although its answer was lost.
         row = self._table.read(claim.trial_id)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SESSION = "sweep:session:"
 STOPS = "sweep:stops"
 
+RECORD_SECONDS = 5.0
+
 
 class Session:
     """One worker's record of the time that it was at work on a sweep.
@@ -43,12 +45,16 @@ class Session:
         # Later times are counted from here on a clock that nobody sets.
         self._began = time.time() - time.monotonic()
         self._first = self._now()
+        self._recorded = float("-inf")
 
     def _now(self) -> float:
         return self._began + time.monotonic()
 
     def record(self) -> None:
-        """Write that the worker is at work now."""
+        """Write that the worker is at work now, if that was not done within a few seconds."""
+        if self._now() < self._recorded + RECORD_SECONDS:
+            return
+        self._recorded = self._now()
         span = [round(self._first, 3), round(self._now(), 3)]
         self._store.set_study_system_attr(self._study_id, self._key, span)
 

@@ -42,6 +42,7 @@ from sweeps.training.loop import Diverged, Interrupted
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +305,10 @@ class Worker:
         if state == TrialState.PRUNED and reporter is not None:
             value = reporter.last_score
         attrs[SECONDS] = round(time.monotonic() - started, 3)
-        if lost.is_set() or not self._finish(claim, state, value, attrs):
+        provenance = {**_provenance(self._options.device), "data_fingerprint": study.fingerprint}
+        if lost.is_set() or not self._queue.finish(
+            claim, state, value, user_attrs=attrs, system_attrs={PROVENANCE: provenance}
+        ):
             logger.warning(
                 "%s #%d went to another worker; result dropped", study.name, claim.number
             )
@@ -325,14 +329,14 @@ class Worker:
                     study.study_id, deepcopy=False, states=(TrialState.COMPLETE,)
                 )
             )
-            best = max(complete, key=lambda t: (t.value, -t.number))
-            for trial in complete:
-                key = f"{study.name}/{trial.number}"
-                if trial.number != best.number and self._checkpoints.path(key).exists():
-                    self._checkpoints.delete(key)
+            records = _records(complete)
+            for number in {claim.number, *records} - {records[-1]}:
+                self._checkpoints.delete(f"{study.name}/{number}")
 
     def _refuse_deadly(self, claim: Claim) -> None:
         """Give up on a trial that takes its workers down without getting anywhere."""
+        if not claim.deaths:
+            return
         trial = with_retries(lambda: self._store.get_trial(claim.trial_id))
         step = trial.last_step or 0
         seen = trial.system_attrs.get(PROGRESS, {"step": 0, "deaths": 0})
@@ -346,7 +350,7 @@ class Worker:
     def _begin(
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, TrialConfig]:
-        """Suggest the trial's settings; tell its provenance."""
+        """Suggest the trial's settings."""
         # A trial anew for each try: of a suggestion whose answer was lost, the store has the
         # value, and this sampler would draw another.
         trial, params = with_retries(lambda: self._suggested(sweep, study, claim))
@@ -354,10 +358,6 @@ class Worker:
             config = sweep.spec.config(study.cell, params)
         except SpecError as error:
             raise _Hopeless(str(error)) from error
-        provenance = {**_provenance(self._options.device), "data_fingerprint": study.fingerprint}
-        with_retries(
-            lambda: self._store.set_trial_system_attr(claim.trial_id, PROVENANCE, provenance)
-        )
         return trial, config
 
     def _suggested(
@@ -400,9 +400,10 @@ class Worker:
                 trial = with_retries(lambda: optuna.Trial(trial.study, claim.trial_id))
         # The known settings are what the others are compared with: they run to their end.
         return _Reporter(
-            self._store,
             trial,
-            owns=lambda: self._queue.owns(claim),
+            write=lambda step, score, curves: self._queue.report(
+                claim, step, score, system_attrs={CURVES: curves}
+            ),
             spent=lambda: self._spent(sweep),
             prune=LABEL not in trial.user_attrs,
             last_step=last_step,
@@ -415,17 +416,6 @@ class Worker:
             check_fingerprint(study.name, study.fingerprint, dataset.fingerprint)
             self._objectives[identity] = Objective(dataset, self._options.device)
         return self._objectives[identity]
-
-    def _finish(
-        self, claim: Claim, state: TrialState, value: float | None, attrs: dict[str, Any]
-    ) -> bool:
-        if not self._queue.owns(claim):
-            return False
-        for name, attr in attrs.items():
-            with_retries(
-                lambda n=name, a=attr: self._store.set_trial_user_attr(claim.trial_id, n, a)  # type: ignore[misc]
-            )
-        return self._queue.finish(claim, state, value)
 
     def _retry_after(self, error: Exception, claim: Claim) -> bool:
         """Put a trial that raised back into the queue, unless it has done so before."""
@@ -455,9 +445,8 @@ class _Reporter:
     """Reports each epoch to Optuna, keeps the curves, asks the pruner.
 
     Args:
-        store: where the curves go.
         trial: the trial, with what earlier attempts reported and this one goes on from.
-        owns: whether the trial is still this worker's.
+        write: stores a step, its score and the curves; False if the trial is another worker's.
         spent: whether the sweep's time or epochs are used up; the trial then waits.
         prune: whether to ask the pruner.
         last_step: a trial that has come so far is complete, whatever the pruner would say.
@@ -465,17 +454,15 @@ class _Reporter:
 
     def __init__(
         self,
-        store: BaseStorage,
         trial: optuna.Trial,
         *,
-        owns: Callable[[], bool],
+        write: Callable[[int, float, dict[str, list[float]]], bool],
         spent: Callable[[], bool],
         prune: bool,
         last_step: int,
     ) -> None:
-        self._store = store
         self._trial = trial
-        self._owns = owns
+        self._write = write
         self._spent = spent
         self._prune = prune
         self._last_step = last_step
@@ -497,12 +484,10 @@ class _Reporter:
         self.last_score = progress.score
         if progress.step in self._reported:
             return
-        if not self._owns():
+        if not self._write(progress.step, progress.score, self._curves):
             raise Interrupted
-        with_retries(lambda: self._trial.report(progress.score, progress.step))
-        with_retries(
-            lambda: self._store.set_trial_system_attr(self._trial._trial_id, CURVES, self._curves)
-        )
+        # As `Trial.report` does: it is what the pruner sees.
+        self._trial._cached_frozen_trial.intermediate_values[progress.step] = progress.score
         if progress.step == self._last_step:
             return
         if self._prune and with_retries(self._trial.should_prune):
@@ -546,6 +531,18 @@ def _git_commit() -> str | None:
         return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _records(complete: list[FrozenTrial]) -> list[int]:
+    """Numbers of the trials that were the best of their study for a time; the last one still is.
+
+    Only they can have left a checkpoint behind. Of equals, the lowest number is the best.
+    """
+    records: list[FrozenTrial] = []
+    for trial in sorted(complete, key=lambda t: (t.datetime_complete, t.number)):
+        if not records or (trial.value, -trial.number) > (records[-1].value, -records[-1].number):
+            records.append(trial)
+    return [trial.number for trial in records]
 
 
 def _breaks_device(error: Exception) -> bool:
