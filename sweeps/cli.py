@@ -130,7 +130,7 @@ def start(
     try:
         placed = open_place(on, gpus_per_worker)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--on") from None
+        raise typer.BadParameter(str(error)) from None
     spec = _load(sweep, storage_url, quick, overrides, name)
     # After the spec, so that a mistake in it shows before PyTorch has loaded.
     with _stderr().status("loading PyTorch and Optuna"):

@@ -133,7 +133,7 @@ def open_place(on: str, gpus_per_worker: float | None = None) -> AbstractContext
     """
     kind, given, address = on.partition("=")
     if kind not in ("local", "ray") or (given and (kind == "local" or not address)):
-        raise ValueError(f"{on!r} is no place for workers; accepted: local, ray, ray=ADDRESS")
+        raise ValueError(f"--on {on!r} is no place for workers; accepted: local, ray, ray=ADDRESS")
     if gpus_per_worker is not None and not 0 <= gpus_per_worker <= 1:
         raise ValueError(
             f"a worker uses one GPU or a share of one, so that --gpus-per-worker is from 0 to 1; "

@@ -62,7 +62,8 @@ def parse_address(text: str) -> str | None:
     with contextlib.suppress(ValueError):
         parts = urlsplit(text if "://" in text else f"gcs://{text}")
         if parts.port and parts.hostname and parts.scheme in ("gcs", "ray"):
-            plain = f"{parts.hostname}:{parts.port}"
+            host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+            plain = f"{host}:{parts.port}"
             if text.removeprefix("ray://").lower() == plain:
                 return text
     raise ValueError(
@@ -85,7 +86,7 @@ class RayCluster:
     """
 
     def __init__(self, address: str | None, gpus_per_worker: float | None) -> None:
-        if find_spec("ray") is None:
+        if not _has_ray():
             raise SweepError("--on ray needs Ray; run pip install 'sweep[ray]'")
         # Read when Ray is imported. It is to ask nothing of the network or of the user.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -649,6 +650,13 @@ def _portable(variables: Mapping[str, str]) -> dict[str, str]:
     if named := os.environ.get("SWEEP_CHECKPOINT_DIR"):
         found["SWEEP_CHECKPOINT_DIR"] = str(Path(named).expanduser().absolute())
     return found
+
+
+def _has_ray() -> bool:
+    try:
+        return find_spec("ray") is not None
+    except ValueError:  # marked as one that cannot be imported
+        return False
 
 
 def _cores() -> int:
