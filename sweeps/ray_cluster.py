@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -91,6 +92,8 @@ class RayCluster:
         # Read when Ray is imported. It is to ask nothing of the network or of the user.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        # Else its C++ part writes a line for every second of a vain attempt to connect.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
         # A worker without a GPU is given its device by name, so Ray need not hide any.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._address = address or os.environ.get("RAY_ADDRESS") or None
@@ -196,8 +199,9 @@ class RayCluster:
         }
         if self._address not in (None, "auto", "local"):
             _check_port(self._address)
-        # Ray says on stdout what it waits for.
-        with contextlib.redirect_stdout(sys.stderr):
+        # Ray says on stdout what it waits for, and in a warning what its error says again.
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 if self._address not in (None, "local"):
                     ray.init(self._address, **quiet)
@@ -214,9 +218,9 @@ class RayCluster:
             except (ConnectionError, RuntimeError, ValueError, ImportError, TimeoutError) as error:
                 where = "" if self._address in (None, "auto") else f" at {self._address}"
                 raise SweepError(
-                    f"no Ray cluster can be used{where} ({_first_line(error)}); ray start --head "
-                    "begins one, ray status shows it; --on ray=ray://HOST:10001 joins one from a "
-                    "machine that is none of its nodes"
+                    f"no Ray cluster can be used{where} ({_first_line(error)}); check with ray "
+                    "status. One that asks for a token wants RAY_AUTH_MODE=token here, too; from a "
+                    "machine that is none of its nodes, use --on ray=ray://HOST:10001"
                 ) from None
 
 

@@ -160,7 +160,7 @@ def test_sqlite_is_refused_where_there_are_two_nodes(tmp_path: Path, cluster: An
 
 @needs_ray
 def test_ctrl_c_on_a_cluster_of_its_own_leaves_all_to_be_gone_on_with(tmp_path: Path) -> None:
-    write_spec(tmp_path / "tiny.toml", **{**LONG, "budget": {"trials": 2}})
+    write_spec(tmp_path / "tiny.toml", **{**LONG, "budget": {"trials": 1}})
     with in_a_terminal(tmp_path, "tiny.toml", "--on", "ray=local", "--workers", "1") as process:
         wait_for_epochs(tmp_path, 3, busy=1)
         os.killpg(process.pid, signal.SIGINT)
@@ -171,12 +171,12 @@ def test_ctrl_c_on_a_cluster_of_its_own_leaves_all_to_be_gone_on_with(tmp_path: 
     assert "Traceback" not in err
     left = trials(tmp_path)
     assert {t.state for t in left} == {TrialState.WAITING}
-    (kept,) = (t.intermediate_values for t in left if t.intermediate_values)
+    (kept,) = (t.intermediate_values for t in left)
     assert len(kept) >= 3
-    done = run("start", "tiny.toml", "--workers", "2", cwd=tmp_path)
+    done = run("start", "tiny.toml", "--workers", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     finished = trials(tmp_path)
-    assert [t.state for t in finished] == [TrialState.COMPLETE] * 2
+    assert [t.state for t in finished] == [TrialState.COMPLETE]
     assert all(finished[0].intermediate_values[step] == value for step, value in kept.items())
 
 
