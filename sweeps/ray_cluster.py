@@ -92,8 +92,6 @@ class RayCluster:
         # Read when Ray is imported. It is to ask nothing of the network or of the user.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-        # Else its C++ part writes a line for every second of a vain attempt to connect.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
         # A worker without a GPU is given its device by name, so Ray need not hide any.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._address = address or os.environ.get("RAY_ADDRESS") or None
