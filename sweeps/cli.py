@@ -96,6 +96,23 @@ def start(
             help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
         ),
     ] = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            "--on",
+            metavar="PLACE",
+            help="Where workers run: local, ray, or ray=ADDRESS for a Ray cluster.",
+        ),
+    ] = "local",
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-worker",
+            metavar="SHARE",
+            show_default=False,
+            help="With --on ray: the share of a GPU that each worker takes, from 0 to 1.",
+        ),
+    ] = None,
     add_trials: Annotated[
         int | None,
         typer.Option(
@@ -110,16 +127,23 @@ def start(
     data_dir: DataDir = None,
 ) -> None:
     """Run a sweep, or go on with it: create its studies, launch workers, show the answer."""
+    from sweeps.launch import open_place
+
+    try:
+        placed = open_place(on, gpus_per_worker)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     spec = _load(sweep, storage_url, quick, overrides, name)
     # After the spec, so that a mistake in it shows before PyTorch has loaded.
     with _stderr().status("loading PyTorch and Optuna"):
         from sweeps.run import run_sweep
 
     again = ["sweep", *sys.argv[1:]]
-    code = run_sweep(
-        spec, storage_url, data_dir=data_dir, workers=workers, add_trials=add_trials or 0,
-        again=shlex.join(again), out=_stdout(), err=_stderr(),
-    )  # fmt: skip
+    with placed as place:
+        code = run_sweep(
+            spec, storage_url, data_dir=data_dir, workers=workers, place=place,
+            add_trials=add_trials or 0, again=shlex.join(again), out=_stdout(), err=_stderr(),
+        )  # fmt: skip
     raise typer.Exit(code)
 
 

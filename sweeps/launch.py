@@ -1,4 +1,7 @@
-"""Where workers run: processes on this machine, each pinned to its device and threads."""
+"""Where workers run: processes on this machine, each pinned to its device and threads.
+
+Other places, such as a Ray cluster, offer the same: a :class:`Place`, which makes :class:`Workers`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
 
 MAX_RESTARTS = 3
 """How often a worker that was killed is started again."""
@@ -45,6 +51,101 @@ def plan_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
     devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(count)]
     share = max(1, cores // count)
     return [Slot(device, share if gpus else min(threads, share)) for device in devices]
+
+
+class Workers(Protocol):
+    """Running workers; use as a context, so that none outlives it."""
+
+    def __enter__(self) -> Workers: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def poll(self) -> list[int] | None:
+        """Restart workers that were killed; when all have ended, return their exit codes."""
+
+    def stop(self) -> None:
+        """Ask every worker to end after its running update."""
+
+    def kill(self) -> None:
+        """End every worker at once."""
+
+
+class Place(Protocol):
+    """Where workers may run."""
+
+    def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
+        """Make ready; refuse a store that workers there could not open."""
+
+    def plan(self, workers: int | None, threads: int, trials: int) -> list[Slot]:
+        """Divide the place among workers; arguments as of :func:`plan_slots`."""
+
+    def launch(
+        self,
+        slots: Sequence[Slot],
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        say: Callable[[str], None],
+    ) -> Workers:
+        """Workers there, to be entered; arguments as of :class:`LocalWorkers`."""
+
+
+class ThisMachine:
+    """Processes of this machine."""
+
+    def __enter__(self) -> ThisMachine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
+        """Nothing to do: a store that this process can open, its children can."""
+
+    def plan(self, workers: int | None, threads: int, trials: int) -> list[Slot]:
+        """As :func:`plan_slots`."""
+        return plan_slots(workers, threads, trials)
+
+    def launch(
+        self,
+        slots: Sequence[Slot],
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        say: Callable[[str], None],
+    ) -> Workers:
+        """Worker processes, to be entered."""
+        return LocalWorkers(slots, command, variables, say)
+
+
+def open_place(on: str, gpus_per_worker: float | None = None) -> AbstractContextManager[Place]:
+    """The place that `--on` names.
+
+    Args:
+        on: `local`, `ray` or `ray=ADDRESS`.
+        gpus_per_worker: the share of a GPU that a worker on Ray takes, from 0 to 1.
+
+    Raises:
+        ValueError: there is no such place, or the share does not go with it.
+        SweepError: Ray is not installed.
+    """
+    kind, given, address = on.partition("=")
+    if kind not in ("local", "ray") or (given and (kind == "local" or not address)):
+        raise ValueError(f"--on {on!r} is no place for workers; accepted: local, ray, ray=ADDRESS")
+    if gpus_per_worker is not None and not 0 <= gpus_per_worker <= 1:
+        raise ValueError(
+            f"a worker uses one GPU or a share of one, so that --gpus-per-worker is from 0 to 1; "
+            f"got {gpus_per_worker:g}"
+        )
+    if kind == "local":
+        if gpus_per_worker is not None:
+            raise ValueError("--gpus-per-worker goes with --on ray; here --workers N share GPUs")
+        return ThisMachine()
+    from sweeps.ray_cluster import RayCluster, parse_address
+
+    return RayCluster(parse_address(address), gpus_per_worker)
 
 
 class LocalWorkers:

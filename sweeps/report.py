@@ -133,7 +133,12 @@ def disk_line(name: str, storage_url: str) -> str:
     from storage.checkpoints import CheckpointStore, default_checkpoint_dir
 
     checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
-    count, used = checkpoints.disk_usage(f"{name}/")
+    if storage_url.startswith("grpc://"):
+        return "checkpoints lie on the machines of the workers"
+    try:
+        count, used = checkpoints.disk_usage(f"{name}/")
+    except OSError as error:
+        return f"the checkpoints in {checkpoints.root} cannot be seen ({error.strerror})"
     files = "1 checkpoint" if count == 1 else f"{count} checkpoints"
     return f"{files} of {used / 1e6:.1f} MB in {checkpoints.root}"
 

@@ -32,7 +32,7 @@ from sweeps import search
 from sweeps.config import Value
 from sweeps.edits import Edit
 from sweeps.errors import SpecError, SweepError
-from sweeps.launch import LocalWorkers, Slot, plan_slots
+from sweeps.launch import Place, Slot, Workers
 from sweeps.limits import request_stop, stops
 from sweeps.objective import Objective, dataset_identity, open_dataset, prepare_process
 from sweeps.progress import open_view
@@ -60,18 +60,20 @@ def run_sweep(
     *,
     data_dir: Path | None,
     workers: int | None,
+    place: Place,
     add_trials: int = 0,
     again: str,
     out: Console,
     err: Console,
 ) -> int:
-    """Create or resume a sweep's studies and run workers on this machine until it is done.
+    """Create or resume a sweep's studies and run workers until it is done.
 
     Args:
         spec: what to run.
         storage_url: where the studies are or go.
         data_dir: where the data set is, None for its usual place.
-        workers: how many processes, None for as many as suit the machine.
+        workers: how many processes, None for as many as suit the place.
+        place: where they run.
         add_trials: by how many the budget of each stored study grows.
         again: the command that goes on after an interruption.
         out: gets the answer.
@@ -86,6 +88,10 @@ def run_sweep(
     if not add_trials and (done := _already_done(spec, storage_url)) is not None:
         _print_answer(done, storage_url, again, out)
         return _done_code(done, err)
+    place.prepare(
+        storage_url,
+        lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
 
@@ -104,7 +110,7 @@ def run_sweep(
 
     status = read()
     left = sum(study.budget - study.finished for study in status.studies)
-    slots = plan_slots(workers, spec.workers.threads, left)
+    slots = place.plan(workers, spec.workers.threads, left)
     err.print(
         _opening(status, storage_url, len(slots)), highlight=False, markup=False, soft_wrap=True
     )
@@ -113,7 +119,7 @@ def run_sweep(
     if not status.done:
         try:
             code = _run_workers(
-                spec.name, store, storage_url, data_dir, slots, read, err, stops_before
+                spec.name, store, storage_url, data_dir, place, slots, read, err, stops_before
             )
         except StopRequestedError as stopping:
             err.print(
@@ -169,6 +175,7 @@ def _run_workers(
     store: BaseStorage,
     storage_url: str,
     data_dir: Path | None,
+    place: Place,
     slots: list[Slot],
     read: Callable[[], SweepStatus],
     err: Console,
@@ -181,7 +188,7 @@ def _run_workers(
     """
     command = ["worker", name]
     if data_dir is not None:
-        command += ["--data-dir", str(data_dir)]
+        command += ["--data-dir", str(data_dir.absolute())]
     # Not as an argument, which every user of the machine could read: it may hold a password.
     variables = {"SWEEP_STORAGE": storage_url}
     with _signals() as signals, _patience(storage_url, signals):
@@ -193,7 +200,7 @@ def _run_workers(
                     with suppress(StopRequestedError):
                         view.update(read())
 
-                with LocalWorkers(slots, command, variables, view.say) as processes:
+                with place.launch(slots, command, variables, view.say) as processes:
                     codes = _supervise(processes, signals, update, view.say)
                 update()
         finally:
@@ -335,7 +342,7 @@ def _signals() -> Iterator[_Signals]:
 
 
 def _supervise(
-    processes: LocalWorkers,
+    processes: Workers,
     signals: _Signals,
     update: Callable[[], None],
     say: Callable[[str], None],
