@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -196,6 +197,13 @@ def wait_until(true: Callable[[], bool]) -> None:
             return
         asked.wait(0.05)
     raise AssertionError("it did not become true within two minutes")
+
+
+def stop_postgres(server: Any, number: signal.Signals) -> None:
+    """End it: with SIGINT as a restart does, with SIGQUIT without writing anything back."""
+    process = server.get_postmaster_info().process
+    os.kill(server.get_pid(), number)
+    process.wait(30)
 
 
 def environment() -> dict[str, str]:

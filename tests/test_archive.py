@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
 from sqlalchemy import text
 from test_cli import started, wait_for_epochs
-from test_storage_trials import postgres  # noqa: F401  (a fixture)
 
 from storage.archive_rows import StudyRows, StudyTables
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
@@ -245,7 +244,7 @@ def decorate(store_url: str) -> None:
 
 def test_every_row_survives_the_way_over_postgresql(
     tmp_path: Path,
-    postgres: Callable[[], str],  # noqa: F811
+    postgres: Callable[[], str],
 ) -> None:
     (tmp_path / "b").mkdir()
     ours, server, back = url(tmp_path), postgres(), url(tmp_path / "b")

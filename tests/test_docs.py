@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def shell_lines() -> list[list[str]]:
 
 
 SWEEP_LINES = [line[1:] for line in shell_lines() if line[0] == "sweep"]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGE_LINES = [
+    (page.name, shlex.split(line.split("#")[0])[1:])
+    for page in PAGES
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for line in block.splitlines()
+    if line.startswith("sweep ")
+]
 
 
 def test_the_two_commands_stand_on_top() -> None:
@@ -42,12 +51,54 @@ def test_the_two_commands_stand_on_top() -> None:
 
 @pytest.mark.parametrize("line", SWEEP_LINES, ids=" ".join)
 def test_a_command_in_the_readme_is_one_that_parses(line: list[str]) -> None:
+    assert_parses(line)
+
+
+@pytest.mark.parametrize(("page", "line"), PAGE_LINES, ids=lambda part: str(part)[:60])
+def test_a_command_in_a_page_is_one_that_parses(page: str, line: list[str]) -> None:
+    assert_parses(line)
+
+
+def assert_parses(line: list[str]) -> None:
     group = typer.main.get_command(app)
     found = group.commands[line[0]]  # type: ignore[attr-defined]
     arguments = line[1 : line.index(">")] if ">" in line else line[1:]
     if found.name == "start" and not any(not a.startswith("-") for a in arguments):
         arguments = ["fixup-largebatch", *arguments]
     found.make_context(line[0], arguments)
+
+
+def test_every_page_is_in_the_readme_and_every_link_leads_somewhere() -> None:
+    for page in PAGES:
+        assert f"(docs/{page.name})" in README
+    for page in [ROOT / "README.md", *PAGES]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_postgresql_pages_commands_run(tmp_path: Path, postgres: Callable[[], str]) -> None:
+    """Everything but the dashboard, which does not end by itself."""
+    server, moved = postgres(), postgres()
+    write_spec(tmp_path / "my-sweep.toml", budget={"trials": 2}, train={"epochs": 1})
+    page = (ROOT / "docs" / "postgresql.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^sweep (.*)$", page, flags=re.M)
+    assert {line.split()[0] for line in lines} >= {"start", "worker", "export", "import"}
+    local = f"sqlite:///{tmp_path / 'sweep.db'}"
+    for line in lines:
+        arguments = shlex.split(line)
+        if arguments[0] == "dashboard":
+            continue
+        if arguments[0] == "export":  # the page moves a sweep that was begun on a file
+            done = run("start", "my-sweep.toml", "--storage", local, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+        arguments = [
+            moved if a.startswith("postgresql") else local if a.startswith("sqlite") else a
+            for a in arguments
+        ]
+        if "--storage" not in arguments:
+            arguments += ["--storage", server]
+        done = run(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
 
 
 def test_every_command_is_in_the_readme() -> None:

