@@ -188,7 +188,13 @@ class Worker:
 
     def _spent(self, sweep: StoredSweep) -> bool:
         """Whether the sweep's time or epochs are used up."""
-        return bool(with_retries(lambda: spent(self._store, sweep, self._session)))
+        session = self._session
+        assert session is not None
+        if not with_retries(lambda: spent(self._store, sweep, session)):
+            return False
+        # Whoever starts or looks next sees what is recorded, and is to come to the same answer.
+        with_retries(lambda: session.record(at_once=True))
+        return True
 
     def _look_for_request(self, sweep: StoredSweep) -> None:
         """Stop if the store says so (`sweep stop`)."""

@@ -73,6 +73,14 @@ def test_a_wall_clock_budget_counts_the_time_of_all_workers_once(tmp_path: Path)
     assert 7200 < limits.seconds_spent(store, sweep) < 3 * 3600
 
 
+def test_a_wall_clock_budget_that_ends_the_workers_is_spent_for_everybody(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path / "tiny.toml", budget={"trials": 3, "hours": 1e-6})
+    done = run("start", str(spec), "--workers", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the budget hours = 1e-06 is spent, with 3 trials not finished" in done.stdout
+    assert "before the budget was met" not in done.stderr
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=8))
 def test_union_is_the_number_of_covered_places(pairs: list[tuple[int, int]]) -> None:
     spans = [(min(pair), max(pair)) for pair in pairs]
