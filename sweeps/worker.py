@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,6 +221,8 @@ class Worker:
                 try:
                     if self._stop.is_set():
                         self._end_in_time(claim, done)
+                    if lost.is_set():
+                        continue
                     self._look_for_request(sweep)
                     if time.monotonic() >= beat + between_beats:
                         beat = time.monotonic()
@@ -229,7 +232,6 @@ class Worker:
                     if not isinstance(error, LeaseLostError | StopRequestedError):
                         logger.error("cannot renew the lease: %s", _first_line(error))
                     lost.set()
-                    return
 
         thread = threading.Thread(target=keep, name="lease", daemon=True)
         thread.start()
@@ -248,7 +250,12 @@ class Worker:
         """
         if done.wait(STOP_GRACE_SECONDS):
             return
-        release = threading.Thread(target=self._queue.release, args=(claim,), daemon=True)
+
+        def put_back() -> None:
+            with contextlib.suppress(Exception):  # it goes to another worker in any case
+                self._queue.release(claim)
+
+        release = threading.Thread(target=put_back, daemon=True)
         release.start()
         release.join(timeout=1.0)  # a store that does not answer must not hold the process
         os._exit(self._stop.exit_code)
@@ -285,7 +292,7 @@ class Worker:
             # Optuna's samplers learn from a pruned trial; one told as FAIL, or as NaN, they
             # forget, and then suggest the like of it again.
             attrs = {OUTCOME: "diverged", REASON: str(divergence)}
-        except Interrupted:
+        except (Interrupted, LeaseLostError):
             self._queue.release(claim)
             return
         except StopRequestedError:
@@ -545,7 +552,7 @@ def _records(complete: list[FrozenTrial]) -> list[int]:
     Only they can have left a checkpoint behind. Of equals, the lowest number is the best.
     """
     records: list[FrozenTrial] = []
-    for trial in sorted(complete, key=lambda t: (t.datetime_complete, t.number)):
+    for trial in sorted(complete, key=lambda t: (t.datetime_complete or datetime.min, t.number)):
         if not records or (trial.value, -trial.number) > (records[-1].value, -records[-1].number):
             records.append(trial)
     return [trial.number for trial in records]
