@@ -14,6 +14,8 @@ began stops; one that begins later does not. Nothing needs to be cleared.
 
 from __future__ import annotations
 
+import secrets
+import threading
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -41,22 +43,30 @@ class Session:
     def __init__(self, store: BaseStorage, sweep: StoredSweep, worker_id: str) -> None:
         self._store = store
         self._study_id = sweep.studies[0].study_id
-        self._key = SESSION + worker_id
+        # Process ids come back, above all in containers, and every start has a span of its own.
+        self._key = f"{SESSION}{worker_id}:{secrets.token_hex(4)}"
+        self._lock = threading.Lock()
         # Later times are counted from here on a clock that nobody sets.
         self._began = time.time() - time.monotonic()
         self._first = self._now()
         self._recorded = float("-inf")
 
     def _now(self) -> float:
-        return self._began + time.monotonic()
+        # Rounded everywhere, so that what is recorded is never less than what was seen before.
+        return round(self._began + time.monotonic(), 3)
 
-    def record(self) -> None:
-        """Write that the worker is at work now, if that was not done within a few seconds."""
-        if self._now() < self._recorded + RECORD_SECONDS:
-            return
-        self._recorded = self._now()
-        span = [round(self._first, 3), round(self._now(), 3)]
-        self._store.set_study_system_attr(self._study_id, self._key, span)
+    def record(self, *, at_once: bool = False) -> None:
+        """Write that the worker is at work now.
+
+        Args:
+            at_once: also if that was done within the last few seconds.
+        """
+        with self._lock:
+            now = self._now()
+            if not at_once and now < self._recorded + RECORD_SECONDS:
+                return
+            self._store.set_study_system_attr(self._study_id, self._key, [self._first, now])
+            self._recorded = now
 
     def seconds_spent(self) -> float:
         """Wall-clock time of the sweep until now, this worker's included."""

@@ -39,7 +39,7 @@ from sweeps.progress import open_view
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
 from sweeps.status import SweepStatus, TrialStatus, read_status
-from sweeps.studies import create_or_resume, shown_url, stored_names, stored_sweep
+from sweeps.studies import Addition, create_or_resume, shown_url, stored_names, stored_sweep
 from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
 
 if TYPE_CHECKING:
@@ -95,9 +95,11 @@ def run_sweep(
     fingerprints = _check_data(spec, data_dir, err)
     store = open_storage(storage_url)
 
+    addition = Addition(add_trials)
+
     def create() -> list[Edit]:
         with exclusive(store, storage_url):
-            return create_or_resume(store, spec, fingerprints, add_trials=add_trials)
+            return create_or_resume(store, spec, fingerprints, addition=addition)
 
     with patience(_place(storage_url)):
         changed = with_retries(create)
@@ -108,6 +110,10 @@ def run_sweep(
         # Anew each time: another terminal may have raised the budget.
         return with_retries(lambda: read_status(watcher, stored_sweep(watcher, spec.name)))
 
+    def requests() -> int:
+        return with_retries(lambda: stops(watcher, stored_sweep(watcher, spec.name)))
+
+    requests_before = requests()
     status = read()
     left = sum(study.budget - study.finished for study in status.studies)
     slots = place.plan(workers, spec.workers.threads, left)
@@ -115,12 +121,12 @@ def run_sweep(
         _opening(status, storage_url, len(slots)), highlight=False, markup=False, soft_wrap=True
     )
     code = 0
-    stops_before = stops(watcher, stored_sweep(watcher, spec.name))
     if not status.done:
         try:
             code = _run_workers(
-                spec.name, store, storage_url, data_dir, place, slots, read, err, stops_before
-            )
+                spec.name, store, storage_url, data_dir, place, slots, read, err,
+                lambda: requests() != requests_before,
+            )  # fmt: skip
         except StopRequestedError as stopping:
             err.print(
                 f"sweep: {stopping}; what runs goes on at the next start",
@@ -128,7 +134,7 @@ def run_sweep(
             )  # fmt: skip
             return 130
     status = read()
-    stopped = stops(watcher, stored_sweep(watcher, spec.name)) != stops_before
+    stopped = requests() != requests_before
     close_storage(watcher, storage_url)
     close_storage(store, storage_url)
     _print_answer(status, storage_url, again, out)
@@ -179,7 +185,7 @@ def _run_workers(
     slots: list[Slot],
     read: Callable[[], SweepStatus],
     err: Console,
-    stops_before: int,
+    asked_to_stop: Callable[[], bool],
 ) -> int:
     """Run worker processes until they end; show what they do.
 
@@ -201,15 +207,14 @@ def _run_workers(
                         view.update(read())
 
                 with place.launch(slots, command, variables, view.say) as processes:
-                    codes = _supervise(processes, signals, update, view.say)
+                    codes = _supervise(processes, signals, update, asked_to_stop, view.say)
                 update()
         finally:
             # Workers that were ended by force have left their trials RUNNING.
             with_retries(lambda: _requeue(store, name))
     if signals.received:
         return 130
-    stored = stored_sweep(store, name)
-    if not read().done and stops(store, stored) == stops_before:
+    if not read().done and not asked_to_stop():
         err.print(
             f"sweep: workers ended with status {', '.join(map(str, codes))} before the budget "
             "was met; what they said stands above",
@@ -345,15 +350,25 @@ def _supervise(
     processes: Workers,
     signals: _Signals,
     update: Callable[[], None],
+    asked_to_stop: Callable[[], bool],
     say: Callable[[str], None],
 ) -> list[int]:
-    """Watch workers until all have ended; pass signals on. Returns their exit codes."""
+    """Watch workers until all have ended; pass signals and `sweep stop` on.
+
+    Returns:
+        Their exit codes.
+    """
     handled = 0
+    asked = False
     while True:
         codes = processes.poll()
         update()
         if codes is not None:
             return codes
+        with suppress(StopRequestedError):
+            if not asked and (asked := asked_to_stop()):
+                # Workers that are still starting would take the request for an old one.
+                processes.stop()
         time.sleep(POLL_SECONDS)
         if len(signals.received) > handled:
             handled = len(signals.received)

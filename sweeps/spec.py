@@ -679,7 +679,8 @@ def _without_moved(base: dict[str, Any], table: Mapping[str, Any]) -> dict[str, 
 def _names_in(section: Any) -> set[str]:
     if isinstance(section, dict):
         return set(section)
-    return {name for row in section for name in row} if isinstance(section, list) else set()
+    rows = section if isinstance(section, list) else []
+    return {name for row in rows if isinstance(row, dict) for name in row}
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -733,11 +734,9 @@ def _drop_tries_without_study(table: dict[str, Any]) -> None:
 
 
 def _refuse_enumerated(table: Mapping[str, Any], key: str) -> None:
-    each = table.get("each", {})
-    axes = each if isinstance(each, dict) else {k for row in each for k in row}
-    if key in axes:
+    if key in _names_in(table.get("each")):
         raise SpecError(f"{key} is enumerated by [each]; write --set each.{key}=[…]")
-    if key in table.get("search", {}):
+    if key in _names_in(table.get("search")):
         raise SpecError(
             f"{key} is searched; to fix it write --set 'search.{key}={{ choices = [VALUE] }}'"
         )

@@ -46,6 +46,19 @@ class SweepStudy:
     fingerprint: str
 
 
+@dataclass
+class Addition:
+    """Trials that are added to each study, once: a creation may have to be tried again.
+
+    Attributes:
+        trials: how many.
+        total: what the first try made of the store's :data:`ADDED`; None before it.
+    """
+
+    trials: int = 0
+    total: int | None = None
+
+
 @dataclass(frozen=True)
 class StoredSweep:
     """A sweep as the store has it.
@@ -107,7 +120,11 @@ def _is_whole(parts: Mapping[int, FrozenStudy]) -> bool:
 
 
 def create_or_resume(
-    store: BaseStorage, spec: SweepSpec, fingerprints: Sequence[str], *, add_trials: int = 0
+    store: BaseStorage,
+    spec: SweepSpec,
+    fingerprints: Sequence[str],
+    *,
+    addition: Addition | None = None,
 ) -> list[Edit]:
     """Create the studies of a sweep, or go on with those that are there.
 
@@ -118,8 +135,9 @@ def create_or_resume(
         store: where the studies are.
         spec: what is wanted.
         fingerprints: of the images of each cell, in their order.
-        add_trials: by how many the budget of each study grows. A later start with the same
-            `trials` keeps them; one with others replaces them.
+        addition: by how many trials the budget of each study grows. A later start with the
+            same `trials` keeps them; one with others replaces them. A call that is repeated
+            after a lost answer, with the same object, adds nothing more.
 
     Returns:
         What differs from the stored spec, empty for a new sweep.
@@ -129,6 +147,8 @@ def create_or_resume(
             `[[try]]`, or trials are to be added to a sweep that is not in the store.
         SweepError: if the sweep was begun on other images, or a study of its name is not its.
     """
+    addition = Addition() if addition is None else addition
+    add_trials = addition.trials
     parts = _parts(store).get(spec.name, {})
     if add_trials and not _is_whole(parts):
         raise SpecError(
@@ -141,7 +161,9 @@ def create_or_resume(
         changed = edits(SweepSpec.from_dict(study.user_attrs[SPEC]), spec) or changed
     # A budget that is edited says how many there are, those added before included.
     edited = any(edit.key == "budget.trials" for edit in changed)
-    added = add_trials + (0 if edited else before)
+    if addition.total is None:
+        addition.total = add_trials + (0 if edited else before)
+    added = addition.total
     for position, study in sorted(parts.items()):
         check_fingerprint(study.study_name, study.user_attrs[FINGERPRINT], fingerprints[position])
         if READY in study.user_attrs:

@@ -39,7 +39,7 @@ from storage.retries import with_retries
 from storage.trials import TrialQueue
 from sweeps.edits import decisive_changes
 from sweeps.errors import SpecError, SweepError
-from sweeps.limits import SESSION, is_span
+from sweeps.limits import SESSION, STOPS, is_span
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES, OUTCOME, OUTCOMES, PROVENANCE, REASON, SECONDS
 from sweeps.studies import (
@@ -855,6 +855,8 @@ def _plan_study(plan: _Plan) -> None:
     ours, theirs = plan.store, plan.file
     plan.study_user = {k: t for k, t in theirs.user_attrs.items() if k not in ours.user_attrs}
     plan.study_system = _merged_notes(ours.system_attrs, theirs.system_attrs, _NOTE)
+    # The file's workers were asked to stop, not those that run here.
+    plan.study_system.pop(STOPS, None)
     for key, text in theirs.system_attrs.items():
         # QMCSampler counts the points of its sequence that were used.
         if key.startswith("qmc:") and key in ours.system_attrs:
@@ -865,23 +867,27 @@ def _plan_study(plan: _Plan) -> None:
             spans = [_attr(attrs, key) for attrs in (ours.system_attrs, theirs.system_attrs)]
             if all(map(is_span, spans)) and spans[1] > spans[0]:
                 plan.study_system[key] = text
-    counts = [_attr(study.user_attrs, ADDED) or 0 for study in (ours, theirs)]
-    if all(isinstance(count, int) for count in counts) and counts[1] > counts[0]:
-        plan.study_user[ADDED] = theirs.user_attrs[ADDED]
     here, there = (_attr(study.user_attrs, SPEC) for study in (ours, theirs))
-    if here == there:
-        return
     # Whoever renews a spec writes the note anew, which counts its versions.
     versions = [_note_version(study.system_attrs, _NOTE) for study in (ours, theirs)]
+    counts = [_attr(study.user_attrs, ADDED) or 0 for study in (ours, theirs)]
+    added = max(counts)
+    budgets = [_spec(study).budget.trials for study in (ours, theirs)]
+    if budgets[0] != budgets[1] and versions[0] != versions[1]:
+        added = counts[versions[1] > versions[0]]  # an edited budget has replaced them
+    plan.study_user.pop(ADDED, None)
+    if added != counts[0]:
+        plan.study_user[ADDED] = json.dumps(added)
+    if here == there:
+        return
     if versions[1] > versions[0]:
         for key in (SPEC, "question", "source"):
             if key in theirs.user_attrs:
                 plan.study_user[key] = theirs.user_attrs[key]
     elif versions[1] == versions[0]:
-        budgets = [spec["budget"]["trials"] for spec in (here, there)]
         plan.kept_spec = True
         if budgets[1] > budgets[0]:
-            here["budget"]["trials"] = budgets[1]
+            here.setdefault("budget", {})["trials"] = budgets[1]
             plan.study_user[SPEC] = json.dumps(here)
 
 

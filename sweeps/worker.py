@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,13 @@ class Worker:
 
     def _spent(self, sweep: StoredSweep) -> bool:
         """Whether the sweep's time or epochs are used up."""
-        return bool(with_retries(lambda: spent(self._store, sweep, self._session)))
+        session = self._session
+        assert session is not None
+        if not with_retries(lambda: spent(self._store, sweep, session)):
+            return False
+        # Whoever starts or looks next sees what is recorded, and is to come to the same answer.
+        with_retries(lambda: session.record(at_once=True))
+        return True
 
     def _look_for_request(self, sweep: StoredSweep) -> None:
         """Stop if the store says so (`sweep stop`)."""
@@ -214,6 +221,8 @@ class Worker:
                 try:
                     if self._stop.is_set():
                         self._end_in_time(claim, done)
+                    if lost.is_set():
+                        continue
                     self._look_for_request(sweep)
                     if time.monotonic() >= beat + between_beats:
                         beat = time.monotonic()
@@ -223,7 +232,6 @@ class Worker:
                     if not isinstance(error, LeaseLostError | StopRequestedError):
                         logger.error("cannot renew the lease: %s", _first_line(error))
                     lost.set()
-                    return
 
         thread = threading.Thread(target=keep, name="lease", daemon=True)
         thread.start()
@@ -242,7 +250,12 @@ class Worker:
         """
         if done.wait(STOP_GRACE_SECONDS):
             return
-        release = threading.Thread(target=self._queue.release, args=(claim,), daemon=True)
+
+        def put_back() -> None:
+            with contextlib.suppress(Exception):  # it goes to another worker in any case
+                self._queue.release(claim)
+
+        release = threading.Thread(target=put_back, daemon=True)
         release.start()
         release.join(timeout=1.0)  # a store that does not answer must not hold the process
         os._exit(self._stop.exit_code)
@@ -279,7 +292,7 @@ class Worker:
             # Optuna's samplers learn from a pruned trial; one told as FAIL, or as NaN, they
             # forget, and then suggest the like of it again.
             attrs = {OUTCOME: "diverged", REASON: str(divergence)}
-        except Interrupted:
+        except (Interrupted, LeaseLostError):
             self._queue.release(claim)
             return
         except StopRequestedError:
@@ -539,7 +552,7 @@ def _records(complete: list[FrozenTrial]) -> list[int]:
     Only they can have left a checkpoint behind. Of equals, the lowest number is the best.
     """
     records: list[FrozenTrial] = []
-    for trial in sorted(complete, key=lambda t: (t.datetime_complete, t.number)):
+    for trial in sorted(complete, key=lambda t: (t.datetime_complete or datetime.min, t.number)):
         if not records or (trial.value, -trial.number) > (records[-1].value, -records[-1].number):
             records.append(trial)
     return [trial.number for trial in records]

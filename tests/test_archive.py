@@ -33,9 +33,10 @@ from storage.trials import TrialQueue
 from sweeps import search
 from sweeps.cli import main
 from sweeps.errors import SpecError, SweepError
+from sweeps.limits import request_stop, stops
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES, read_status
-from sweeps.studies import create_or_resume, stored_sweep
+from sweeps.studies import Addition, create_or_resume, stored_sweep
 from sweeps.transfer import MERGED_FROM, export_sweep, import_sweep
 from sweeps.worker import StopRequest, Worker, WorkerOptions
 
@@ -464,6 +465,33 @@ def test_each_study_of_a_sweep_is_brought_up_to_date(tmp_path: Path) -> None:
     bring(file, theirs, rename="mine")
     found = {study.name: len(study.trials) for study in rows(theirs)}
     assert found["mine/norm=fixup"] == 2
+
+
+def test_a_file_asks_no_worker_to_stop(tmp_path: Path, two: tuple[str, str]) -> None:
+    ours, theirs = two
+    store = open_storage(theirs)
+    request_stop(store, stored_sweep(store, "tiny"))
+    compute(theirs, 1, low=0.1)
+    bring(export(theirs, tmp_path / "tiny.sweep"), ours)
+    assert len(trials(ours)) == 4
+    store = open_storage(ours)
+    assert stops(store, stored_sweep(store, "tiny")) == 0
+
+
+@pytest.mark.parametrize("edited_here", [True, False])
+def test_an_edited_budget_replaces_added_trials_on_both_sides(
+    tmp_path: Path, two: tuple[str, str], edited_here: bool
+) -> None:
+    extended, edited = two[::-1] if edited_here else two
+    for place in two:
+        create_or_resume(open_storage(place), make_spec(budget={"trials": 6}), [FINGERPRINT],
+                         addition=Addition(4))  # fmt: skip
+    create_or_resume(open_storage(edited), make_spec(budget={"trials": 8}), [FINGERPRINT])
+    bring(export(two[1], tmp_path / "tiny.sweep"), two[0])
+    (study,) = stored_sweep(open_storage(two[0]), "tiny").studies
+    assert study.budget == 8
+    (study,) = stored_sweep(open_storage(extended), "tiny").studies
+    assert study.budget == (10 if edited_here else 8)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers import (
+    Command,
     begin,
     command,
     environment,
@@ -29,7 +30,7 @@ from sweeps import limits
 from sweeps.errors import SpecError
 from sweeps.limits import SESSION, request_stop, union
 from sweeps.status import read_status
-from sweeps.studies import stored_sweep
+from sweeps.studies import Addition, create_or_resume, stored_sweep
 
 
 def curves(tmp_path: Path) -> list[dict[int, float]]:
@@ -73,6 +74,14 @@ def test_a_wall_clock_budget_counts_the_time_of_all_workers_once(tmp_path: Path)
     assert 7200 < limits.seconds_spent(store, sweep) < 3 * 3600
 
 
+def test_a_wall_clock_budget_that_ends_the_workers_is_spent_for_everybody(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path / "tiny.toml", budget={"trials": 3, "hours": 1e-6})
+    done = run("start", str(spec), "--workers", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the budget hours = 1e-06 is spent, with 3 trials not finished" in done.stdout
+    assert "before the budget was met" not in done.stderr
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=8))
 def test_union_is_the_number_of_covered_places(pairs: list[tuple[int, int]]) -> None:
     spans = [(min(pair), max(pair)) for pair in pairs]
@@ -113,6 +122,16 @@ def test_a_request_to_stop_ends_workers_everywhere_and_a_later_start_ignores_it(
     timer.start()
     again.run()
     assert [len(c) for c in curves(tmp_path)] > before
+
+
+def test_a_request_to_stop_reaches_workers_that_are_still_starting(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path / "tiny.toml", train={"epochs": 100000})
+    with Command("start", str(spec), "--workers", "1", cwd=tmp_path) as start:
+        start.line("1 worker; store")
+        store = open_storage(url(tmp_path))
+        request_stop(store, stored_sweep(store, "tiny"))
+        assert start.end() == 130
+    assert not [t for t in trials(tmp_path) if t.state == TrialState.RUNNING]
 
 
 def wait_for_epochs(tmp_path: Path, running: int, process: subprocess.Popen[str]) -> None:
@@ -189,6 +208,20 @@ def test_added_trials_stay_and_an_edited_budget_replaces_them(tmp_path: Path) ->
     assert count == 4
     assert re.search(r"budget\.trials: 1 → 4", said)
     assert begun()[0] == 4
+
+
+def test_trials_are_added_once_however_often_the_store_has_to_be_asked(tmp_path: Path) -> None:
+    store = begin(tmp_path, make_spec())
+    fingerprints = [stored_sweep(store, "tiny").studies[0].fingerprint]
+    addition = Addition(2)
+    for _ in range(2):
+        edits = create_or_resume(store, make_spec(), fingerprints, addition=addition)
+        assert [(edit.before, edit.after) for edit in edits] == [(3, 5)]
+    assert stored_sweep(store, "tiny").studies[0].budget == 5
+    spec, addition = make_spec(budget={"trials": 4}), Addition(1)
+    for _ in range(2):
+        create_or_resume(store, spec, fingerprints, addition=addition)
+    assert stored_sweep(store, "tiny").studies[0].budget == 5
 
 
 def test_a_changed_range_is_searched_from_now_on(tmp_path: Path) -> None:

@@ -352,6 +352,7 @@ def test_a_sweep_extends_another_as_quick_overrides_it(tmp_path: Path) -> None:
         ('extends = "other.toml"', "cannot read"),
         ('extends = "fixup-largebach"', "fixup-largebatch"),
         ("extends = 3", "extends = 3"),
+        ('extends = "fixup-largebatch"\neach = [1]', "1, which is not a table"),
     ],
 )
 def test_what_cannot_be_extended_is_named(tmp_path: Path, text: str, said: str) -> None:
