@@ -62,6 +62,7 @@ class TrialTable:
         self._trials: Table = models.TrialModel.__table__
         self._attrs: Table = models.TrialSystemAttributeModel.__table__
         self._values: Table = models.TrialValueModel.__table__
+        self._params: Table = models.TrialParamModel.__table__
         self._intermediate: Table = models.TrialIntermediateValueModel.__table__
         self._finite = models.TrialValueModel.TrialValueType.FINITE
 
@@ -358,6 +359,46 @@ class TrialTable:
         return self._leave_running(
             trial_id, old, finished, state=state, value=value, completed=_utc_now()
         )
+
+    def set_params(self, trial_id: int, token: str, params: Sequence[Sequence[Any]]) -> bool:
+        """Write the parameters that a trial lacks, all or none; False if it is not that token's.
+
+        Args:
+            trial_id: the trial.
+            token: of the lease that must still be held.
+            params: name, value in Optuna's internal representation, distribution as JSON.
+        """
+        from optuna.trial import TrialState
+        from sqlalchemy import insert, select
+
+        attrs, columns = self._attrs.c, self._params.c
+        with self._engine.begin() as connection:
+            # The lock on the lease's row holds off whoever would take the trial over.
+            connection.execute(
+                select(attrs.value_json)
+                .where(attrs.trial_id == trial_id, attrs.key == LEASE_ATTR)
+                .with_for_update()
+            )
+            row = self._read(connection, trial_id)
+            if row is None or row[0] != TrialState.RUNNING:
+                return False
+            if parse_lease(row[1]).get("token") != token:
+                return False
+            query = select(columns.param_name).where(columns.trial_id == trial_id)
+            known = set(connection.execute(query).scalars())
+            new = [
+                {
+                    "trial_id": trial_id,
+                    "param_name": name,
+                    "param_value": value,
+                    "distribution_json": distribution,
+                }
+                for name, value, distribution in params
+                if name not in known
+            ]
+            if new:
+                connection.execute(insert(self._params), new)
+        return True
 
     def forget_steps(self, trial_id: int, after: int) -> None:
         """Delete the intermediate values beyond a step."""

@@ -278,7 +278,7 @@ class Worker:
             # Optuna's samplers learn from a pruned trial; one told as FAIL, or as NaN, they
             # forget, and then suggest the like of it again.
             attrs = {OUTCOME: "diverged", REASON: str(divergence)}
-        except Interrupted:
+        except (Interrupted, LeaseLostError):
             self._queue.release(claim)
             return
         except StopRequestedError:
@@ -290,6 +290,10 @@ class Worker:
         except Exception as error:
             if is_transient(error):
                 raise  # The store stayed away: neither the trial's fault nor to be told there.
+            if not self._queue.owns(claim):
+                # As a worker frozen past its lease sees it, whose trial has been finished.
+                logger.warning("%s #%d went to another worker", study.name, claim.number)
+                return
             if _breaks_device(error):
                 self._queue.release(claim)
                 raise SweepError(f"the device failed: {_first_line(error)}") from error
@@ -347,8 +351,8 @@ class Worker:
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, TrialConfig]:
         """Suggest the trial's settings; tell its provenance."""
-        # A trial anew for each try: of a suggestion whose answer was lost, the store has the
-        # value, and this sampler would draw another.
+        # A trial and its sampler anew for each try: the random state of a sampler that failed
+        # half-way has moved on, and the store may have what it drew.
         trial, params = with_retries(lambda: self._suggested(sweep, study, claim))
         try:
             config = sweep.spec.config(study.cell, params)
@@ -364,7 +368,9 @@ class Worker:
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, dict[str, Value]]:
         trial = self._trial(sweep, study, claim)
-        return trial, search.suggest(trial, sweep.spec.search)
+        params, new = search.draw(trial, sweep.spec.search)
+        self._queue.set_params(claim, new)
+        return trial, params
 
     def _trial(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> optuna.Trial:
         optuna_study = with_retries(
@@ -421,10 +427,13 @@ class Worker:
     ) -> bool:
         if not self._queue.owns(claim):
             return False
-        for name, attr in attrs.items():
-            with_retries(
-                lambda n=name, a=attr: self._store.set_trial_user_attr(claim.trial_id, n, a)  # type: ignore[misc]
-            )
+        try:
+            for name, attr in attrs.items():
+                with_retries(
+                    lambda n=name, a=attr: self._store.set_trial_user_attr(claim.trial_id, n, a)  # type: ignore[misc]
+                )
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False  # This process was frozen meanwhile, past its lease.
         return self._queue.finish(claim, state, value)
 
     def _retry_after(self, error: Exception, claim: Claim) -> bool:

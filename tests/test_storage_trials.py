@@ -375,6 +375,39 @@ def test_trial_finished_by_hand_is_lost(url: str) -> None:
     assert trials(url)[0].value == 9.0
 
 
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def test_parameters_are_written_once_and_by_the_holder_alone(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = new_study(url)
+    lost = lose_answers(monkeypatch, "set_params")
+    queue, clock = TrialQueue(study._storage, worker_id="w"), Clock()
+    claim = queue.claim([(study._study_id, 1)])
+    assert claim is not None
+    colours = optuna.distributions.CategoricalDistribution(("red", "blue"))
+    queue.set_params(claim, {"x": (0.25, SPACE["x"]), "colour": (1.0, colours)})
+    assert lost
+    (stored,) = trials(url)
+    assert stored.params == {"x": 0.25, "colour": "blue"}
+    assert stored.distributions == {"x": SPACE["x"], "colour": colours}
+    queue.set_params(claim, {"x": (0.5, SPACE["x"]), "y": (0.5, SPACE["x"])})
+    assert trials(url)[0].params == {"x": 0.25, "colour": "blue", "y": 0.5}
+    other = TrialQueue(study._storage, worker_id="other", clock=clock)
+    move_to_other_host(study, claim)
+    assert other.claim([(study._study_id, 1)]) is None
+    clock.now = 61
+    taken = other.claim([(study._study_id, 1)])
+    assert taken is not None
+    with pytest.raises(LeaseLostError):
+        queue.set_params(claim, {"z": (0.5, SPACE["x"])})
+    assert "z" not in trials(url)[0].params
+    assert other.finish(taken, TrialState.COMPLETE, 0.5)
+    with pytest.raises(LeaseLostError):
+        other.set_params(taken, {"z": (0.5, SPACE["x"])})
+
+
 # --- answers that are lost ----------------------------------------------------------------------
 
 

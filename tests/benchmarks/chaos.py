@@ -4,10 +4,11 @@
 
 A sweep of short trainings on digits runs under W worker processes. Every second or two one of
 them, picked at random, gets SIGKILL, SIGTERM or SIGSTOP (SIGCONT comes later, past its lease). One
-disturbance in ten hits any worker, the others one that has held a trial: on a busy machine most
-of a worker's first seconds go into imports, and workers killed there would never begin. Beside it
-every ten seconds the server between workers and store, or the database's postmaster, gets SIGKILL
-and is started again. Workers that end are started again; those that a dead server kept from
+disturbance in ten hits any worker, the others one that has completed an epoch: most of a worker's
+first seconds go into imports, workers killed there would never begin, and a trial whose workers
+die three times without an epoch between is told as failed, by design. Beside it, whenever the
+server between workers and store, or the database's postmaster, has been up for ten seconds, it
+gets SIGKILL and is started again. Workers that end are started again; those that a dead server kept from
 starting end with status 1. What must come out: the budget exactly, every trial's parameters and
 curve equal to those of a run nobody disturbed, no trial left running, no parameters run twice, a
 store that is whole, and nothing to do for another `sweep start`.
@@ -43,7 +44,7 @@ SPEC = """
 question = "Does it survive?"
 [train]
 dataset = "digits"
-validation_fraction = 0.2
+validation_fraction = 0.8
 augment = "none"
 model = "resnet8"
 width_factor = 0.25
@@ -138,6 +139,16 @@ class Server:
             raise RuntimeError("PostgreSQL does not start again")
         return None
 
+    def up(self) -> bool:
+        """Whether it answers."""
+        if self._process is None:
+            return True
+        try:
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
     def broken(self) -> str:
         """What is wrong with the store, or nothing."""
         if self._database is None:
@@ -192,9 +203,9 @@ class Crowd:
                 self._frozen.pop(i, None)
                 self._processes[i] = self._start(self._commands[i])
 
-    def disturb(self, holders: set[int]) -> None:
-        """Send one signal; `holders` are process ids of workers that hold a trial."""
-        self._begun |= holders
+    def disturb(self, begun: set[int]) -> None:
+        """Send one signal; `begun` are process ids of workers that have completed an epoch."""
+        self._begun |= begun
         awake = [i for i in range(len(self._processes)) if i not in self._frozen]
         if self._rng.random() > 0.1:
             awake = [i for i in awake if self._processes[i].pid in self._begun]
@@ -265,19 +276,32 @@ def begin(folder: Path, spec: Path, server: Server, env: dict[str, str]) -> None
 
 def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Our workers under disturbance."""
-    import optuna
-    from optuna.trial import TrialState
-
-    from storage.engine import open_storage
-    from storage.leases import LEASE_ATTR
-
     rng = random.Random(args.seed)
     spec = folder / "chaos.toml"
     spec.write_text(SPEC.format(trials=args.trials, epochs=args.epochs))
     peace = time.monotonic()
     expected = undisturbed(folder, spec)
     peace = time.monotonic() - peace
-    server = Server(args.store, folder)
+    with closing(Server(args.store, folder)) as server:
+        return disturbed(args, folder, spec, server, expected, peace, rng)
+
+
+def disturbed(
+    args: argparse.Namespace,
+    folder: Path,
+    spec: Path,
+    server: Server,
+    expected: Curves,
+    peace: float,
+    rng: random.Random,
+) -> dict[str, Any]:
+    """Run and disturb the sweep on a server; count what came out."""
+    import optuna
+    from optuna.trial import TrialState
+
+    from storage.engine import open_storage
+    from storage.leases import LEASE_ATTR
+
     env = environment(SWEEP_CHECKPOINT_DIR=str(folder / "checkpoints"))
     begin(folder, spec, server, env)
     watcher = open_storage(server.direct, read_only=True)
@@ -286,25 +310,34 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                    "--lease-seconds", str(LEASE_SECONDS))  # fmt: skip
     crowd = Crowd([worker] * args.workers, folder, env, rng)
     started = time.monotonic()
-    next_server = started + args.server_every
+    up_since: float | None = None
     done = False
-    holders: set[int] = set()
+    begun: set[int] = set()
+    steps: dict[int, tuple[int, int]] = {}
     try:
         while not done and time.monotonic() - started < 60 * args.minutes:
             time.sleep(rng.uniform(1.0, 2.0))
             crowd.tend()
-            crowd.disturb(holders)
-            if time.monotonic() > next_server:
+            crowd.disturb(begun)
+            if up_since is None and server.up():
+                up_since = time.monotonic()
+            if up_since is not None and time.monotonic() > up_since + args.server_every:
                 if action := server.restart(rng.uniform(0.2, 2.0)):
                     crowd.actions[action] += 1
-                next_server = time.monotonic() + args.server_every
+                up_since = None
             try:
                 trials = watcher.get_all_trials(study_id, deepcopy=False)
             except Exception as error:  # the database has just been killed
                 print(f"watcher: {type(error).__name__}", file=sys.stderr)
                 continue
             done = sum(t.state.is_finished() for t in trials) >= args.trials
-            holders = {t.system_attrs.get(LEASE_ATTR, {}).get("pid", 0) for t in trials}
+            for trial in trials:
+                worker_id = trial.system_attrs.get(LEASE_ATTR, {}).get("worker") or "host-0-cpu"
+                now = int(worker_id.split("-")[-2]), trial.last_step or 0
+                before = steps.get(trial.number, now)
+                if now[0] == before[0] and now[1] > before[1]:
+                    begun.add(now[0])
+                steps[trial.number] = now
     finally:
         seconds = time.monotonic() - started
         crowd.end()
@@ -351,7 +384,6 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         rows = {n: [expected.get(n), found[n], str(trials[n].system_attrs.get(LEASE_ATTR)),
                     str(trials[n].user_attrs)] for n in found}  # fmt: skip
         (args.keep / "trials.json").write_text(json.dumps({"wrong": wrong, "rows": rows}, indent=1))
-    server.close()
     return result
 
 
@@ -402,15 +434,15 @@ def plain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     crowd = Crowd([[sys.executable, "-c", code]] * args.workers, folder, environment(), rng)
     started = time.monotonic()
     complete = 0
-    holders: set[int] = set()
+    begun: set[int] = set()
     try:
         while complete < args.trials and time.monotonic() - started < 60 * args.minutes:
             time.sleep(rng.uniform(1.0, 2.0))
             crowd.tend()
-            crowd.disturb(holders)
+            crowd.disturb(begun)
             trials = optuna.load_study(storage=url, study_name="plain").trials
             complete = sum(t.state == TrialState.COMPLETE for t in trials)
-            holders = {t.user_attrs.get("pid", 0) for t in trials}
+            begun = {t.user_attrs.get("pid", 0) for t in trials if t.last_step}
     finally:
         seconds = time.monotonic() - started
         crowd.end()
@@ -439,7 +471,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--server-every", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
