@@ -8,10 +8,10 @@ disturbance in ten hits any worker, the others one that has completed an epoch: 
 first seconds go into imports, workers killed there would never begin, and a trial whose workers
 die three times without an epoch between is told as failed, by design. Beside it, whenever the
 server between workers and store, or the database's postmaster, has been up for ten seconds, it
-gets SIGKILL and is started again. Workers that end are started again; those that a dead server kept from
-starting end with status 1. What must come out: the budget exactly, every trial's parameters and
-curve equal to those of a run nobody disturbed, no trial left running, no parameters run twice, a
-store that is whole, and nothing to do for another `sweep start`.
+gets SIGKILL and is started again. Workers that end are started again; those that a dead server
+kept from starting end with status 1. What must come out: the budget exactly, every trial's
+parameters and curve equal to those of a run nobody disturbed, no trial left running, no parameters
+run twice, a store that is whole, and nothing to do for another `sweep start`.
 
 PostgreSQL runs with its defaults (`fsync` and `synchronous_commit` on), so what it has committed
 it has after the SIGKILL.
@@ -44,7 +44,7 @@ SPEC = """
 question = "Does it survive?"
 [train]
 dataset = "digits"
-validation_fraction = 0.8
+validation_fraction = 0.5
 augment = "none"
 model = "resnet8"
 width_factor = 0.25
