@@ -29,6 +29,7 @@ from sqlalchemy.exc import OperationalError
 
 from storage.engine import StorageError, open_storage, sql_engine
 from storage.leases import LEASE_ATTR
+from storage.retries import with_retries
 from storage.trial_table import TrialTable
 from storage.trials import Claim, LeaseLostError, TrialQueue, enqueue
 
@@ -823,6 +824,29 @@ def test_postgresql_read_only(postgres: Callable[[], str]) -> None:
     assert len(reader.get_all_trials(study._study_id)) == 1
     with pytest.raises(optuna.exceptions.StorageInternalError):
         optuna.create_study(storage=reader, study_name="two")
+
+
+def test_a_connection_that_breaks_within_a_read_is_a_passing_failure(
+    postgres: Callable[[], str],
+) -> None:
+    """Optuna reads a second time in the broken session, which is no failure of the connection."""
+    url = postgres()
+    study = new_study(url, queued=1)
+    engine = sql_engine(study._storage)
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    broken: list[int] = []
+
+    def break_once(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "FROM trial_user_attributes" in statement and not broken:
+            broken.append(connection.connection.info.backend_pid)
+            with admin.connect() as other:
+                other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": broken[0]})
+
+    event.listen(engine, "before_cursor_execute", break_once)
+    read = with_retries(lambda: study._storage.get_all_trials(study._study_id))
+    assert broken
+    assert [trial.number for trial in read] == [0]
+    admin.dispose()
 
 
 def test_worker_outlives_a_restart_of_its_database(
