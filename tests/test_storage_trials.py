@@ -838,7 +838,7 @@ def test_a_connection_that_breaks_within_a_read_is_a_passing_failure(
 
     def break_once(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         if "FROM trial_user_attributes" in statement and not broken:
-            broken.append(connection.connection.info.backend_pid)
+            broken.append(connection.connection.dbapi_connection.info.backend_pid)
             with admin.connect() as other:
                 other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": broken[0]})
 
