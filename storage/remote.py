@@ -301,6 +301,11 @@ class RemoteTrialTable:
             )
         )  # fmt: skip
 
+    def set_params(self, trial_id: int, token: str, params: Sequence[Sequence[Any]]) -> bool:
+        """Write the parameters that a trial lacks, all or none."""
+        arguments = {"trial_id": trial_id, "token": token, "params": list(params)}
+        return bool(self._call("set_params", **arguments))
+
     def forget_steps(self, trial_id: int, after: int) -> None:
         """Delete the intermediate values beyond a step."""
         self._call("forget_steps", trial_id=trial_id, after=after)

@@ -134,7 +134,12 @@ def outages() -> int:
 def is_transient(error: BaseException) -> bool:
     """Whether a storage error may pass by itself: a lock, a deadlock or a lost connection."""
     from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import (
+        DBAPIError,
+        InterfaceError,
+        OperationalError,
+        PendingRollbackError,
+    )
     from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
     # Set by storage.remote, so that gRPC need not be there to know its errors.
@@ -143,7 +148,9 @@ def is_transient(error: BaseException) -> bool:
     cause: BaseException | None = error
     if isinstance(error, StorageInternalError):
         cause = error.__cause__
-    if isinstance(cause, PoolTimeoutError):
+    # The latter: Optuna tries a read that failed once more in the session that broke with it, and
+    # then closes that.
+    if isinstance(cause, PoolTimeoutError | PendingRollbackError):
         return True
     if not isinstance(cause, DBAPIError):
         return False

@@ -145,6 +145,9 @@ class _OptunaService(OptunaStorageProxyService):
         return super().SetTrialParameter(request, context)
 
 
+_AS_IT_IS = ("take", "create", "set_params", "forget_steps", "beat", "report")
+
+
 class _Claims:
     """The service that Optuna's proxy lacks."""
 
@@ -166,10 +169,7 @@ class _Claims:
             "read": self._read,
             "requeue": self._requeue,
             "finish": self._finish,
-            **{
-                name: self._as_it_is(name)
-                for name in ("take", "create", "forget_steps", "beat", "report")
-            },
+            **{name: self._as_it_is(name) for name in _AS_IT_IS},
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(_unary(operation), json.loads, _to_json)

@@ -63,6 +63,7 @@ class TrialTable:
         self._attrs: Table = models.TrialSystemAttributeModel.__table__
         self._user_attrs: Table = models.TrialUserAttributeModel.__table__
         self._values: Table = models.TrialValueModel.__table__
+        self._params: Table = models.TrialParamModel.__table__
         self._intermediate: Table = models.TrialIntermediateValueModel.__table__
         self._finite = models.TrialValueModel.TrialValueType.FINITE
         self._finite_step = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
@@ -413,6 +414,46 @@ class TrialTable:
                 connection.execute(insert(steps).values(trial_id=trial_id, step=step, **what))
             self._set_attrs(connection, attrs, trial_id, system_attrs)
             return True
+
+    def set_params(self, trial_id: int, token: str, params: Sequence[Sequence[Any]]) -> bool:
+        """Write the parameters that a trial lacks, all or none; False if it is not that token's.
+
+        Args:
+            trial_id: the trial.
+            token: of the lease that must still be held.
+            params: name, value in Optuna's internal representation, distribution as JSON.
+        """
+        from optuna.trial import TrialState
+        from sqlalchemy import insert, select
+
+        attrs, columns = self._attrs.c, self._params.c
+        with self._engine.begin() as connection:
+            # The lock on the lease's row holds off whoever would take the trial over.
+            connection.execute(
+                select(attrs.value_json)
+                .where(attrs.trial_id == trial_id, attrs.key == LEASE_ATTR)
+                .with_for_update()
+            )
+            row = self._read(connection, trial_id)
+            if row is None or row[0] != TrialState.RUNNING:
+                return False
+            if parse_lease(row[1]).get("token") != token:
+                return False
+            query = select(columns.param_name).where(columns.trial_id == trial_id)
+            known = set(connection.execute(query).scalars())
+            new = [
+                {
+                    "trial_id": trial_id,
+                    "param_name": name,
+                    "param_value": value,
+                    "distribution_json": distribution,
+                }
+                for name, value, distribution in params
+                if name not in known
+            ]
+            if new:
+                connection.execute(insert(self._params), new)
+        return True
 
     def forget_steps(self, trial_id: int, after: int) -> None:
         """Delete the intermediate values beyond a step."""

@@ -37,6 +37,7 @@ from storage.retries import outages, with_retries
 from storage.trial_table import Candidate, RunningTrial, TrialTable
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
     from optuna.trial import TrialState
 
@@ -191,6 +192,30 @@ class TrialQueue:
             worker_id=self.worker_id,
             token=lease["token"],
         )
+
+    def set_params(
+        self, claim: Claim, params: Mapping[str, tuple[float, BaseDistribution]]
+    ) -> None:
+        """Write parameters of the trial, all at once; those that it has keep their values.
+
+        Nobody ever finds a trial with some of its parameters, whatever kills its worker: an
+        attempt that began with the first worker's half of a suggestion would draw another half.
+
+        Args:
+            claim: the trial.
+            params: by name, the value in Optuna's internal representation and its distribution.
+
+        Raises:
+            LeaseLostError: the trial is not this worker's any more.
+        """
+        from optuna.distributions import distribution_to_json
+
+        rows = [
+            (name, value, distribution_to_json(distribution))
+            for name, (value, distribution) in params.items()
+        ]
+        if not with_retries(lambda: self._table.set_params(claim.trial_id, claim.token, rows)):
+            raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
 
     def forget_steps(self, claim: Claim, *, after: int) -> None:
         """Remove the values that were reported for steps beyond ``after``.

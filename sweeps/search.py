@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
 
 # GridSampler, BruteForceSampler and PartialFixedSampler end or wrap a study from within
 # `tell`, which an exact budget does not allow; [each] enumerates instead.
@@ -72,6 +73,48 @@ def suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Value]:
     return params
 
 
+def draw(
+    trial: Trial, space: Mapping[str, Range]
+) -> tuple[dict[str, Value], dict[str, tuple[float, BaseDistribution]]]:
+    """As `suggest`, but leave it to the caller to store what is new.
+
+    A sampler draws one parameter after the other from one random state. Stored one by one, a
+    worker killed between two of them would leave a trial whose next attempt draws the rest from
+    a state that is behind. Nor is anything stored of what samplers tell each other of a suggestion
+    that is under way: GPSampler would take what its last attempt left behind for another's.
+
+    Returns:
+        Every searched setting; of those that the trial does not have yet, by name, the value in
+        Optuna's internal representation and its distribution.
+    """
+    storage: Any = trial.storage
+    kept: Any = _KeptBack(storage)
+    trial.storage = trial.study._storage = kept
+    try:
+        return suggest(trial, space), kept.params
+    finally:
+        trial.storage = trial.study._storage = storage
+
+
+class _KeptBack:
+    """A storage that stores nothing of a trial, but keeps its parameters."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self.params: dict[str, tuple[float, BaseDistribution]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def set_trial_param(
+        self, trial_id: int, name: str, value: float, distribution: BaseDistribution
+    ) -> None:
+        self.params[name] = (value, distribution)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        pass
+
+
 def trial_seed(seed: int, study_name: str, number: int) -> int:
     """The sampler's seed for one trial: 32 bits of SHA-256 over its identity."""
     digest = hashlib.sha256(f"{seed}:{study_name}:{number}".encode()).digest()
@@ -88,12 +131,28 @@ def build_sampler(spec: SweepSpec, study_name: str, number: int) -> BaseSampler:
 
     arguments = {k: v for k, v in spec.sampler.items() if k != "type"}
     if spec.sampler["type"] == "QMCSampler":
-        number = 0  # one low-discrepancy sequence a study; the store counts its points
-    arguments["seed"] = trial_seed(spec.sampler["seed"], study_name, number)
+        # One low-discrepancy sequence a study.
+        arguments["seed"] = trial_seed(spec.sampler["seed"], study_name, 0)
+    else:
+        arguments["seed"] = trial_seed(spec.sampler["seed"], study_name, number)
     built: BaseSampler = _build(
         optuna.samplers, "sampler", spec.sampler["type"], SAMPLERS, arguments
     )
+    if spec.sampler["type"] == "QMCSampler":
+        _number_points(built, spec.search, number)
     return built
+
+
+def _number_points(sampler: Any, space: Mapping[str, Range], number: int) -> None:
+    """Let a QMCSampler give trial n the sequence's point n, in the whole search space.
+
+    Optuna's counts points in the store, which skips one at each lost attempt and gives one to
+    two workers that count at once; and it draws the first trials, and so all those that begin
+    together, independently: with one seed, they would be the same.
+    """
+    searched = {n: d for n, d in distributions(space).items() if not d.single()}
+    sampler.infer_relative_search_space = lambda study, trial: dict(searched)
+    sampler._find_sample_id = lambda study, search_space: number
 
 
 def build_pruner(spec: SweepSpec, cell: Mapping[str, Value]) -> BasePruner:

@@ -304,6 +304,10 @@ class Worker:
         except Exception as error:
             if is_transient(error):
                 raise  # The store stayed away: neither the trial's fault nor to be told there.
+            if not self._queue.owns(claim):
+                # As a worker frozen past its lease sees it, whose trial has been finished.
+                logger.warning("%s #%d went to another worker", study.name, claim.number)
+                return
             if _breaks_device(error):
                 self._queue.release(claim)
                 raise SweepError(f"the device failed: {_first_line(error)}") from error
@@ -364,8 +368,8 @@ class Worker:
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, TrialConfig]:
         """Suggest the trial's settings."""
-        # A trial anew for each try: of a suggestion whose answer was lost, the store has the
-        # value, and this sampler would draw another.
+        # A trial and its sampler anew for each try: the random state of a sampler that failed
+        # half-way has moved on, and the store may have what it drew.
         trial, params = with_retries(lambda: self._suggested(sweep, study, claim))
         try:
             config = sweep.spec.config(study.cell, params)
@@ -377,7 +381,9 @@ class Worker:
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, dict[str, Value]]:
         trial = self._trial(sweep, study, claim)
-        return trial, search.suggest(trial, sweep.spec.search)
+        params, new = search.draw(trial, sweep.spec.search)
+        self._queue.set_params(claim, new)
+        return trial, params
 
     def _trial(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> optuna.Trial:
         optuna_study = with_retries(

@@ -26,6 +26,7 @@ from sqlalchemy.exc import OperationalError
 
 from storage.engine import StorageError, open_storage, sql_engine
 from storage.leases import LEASE_ATTR
+from storage.retries import with_retries
 from storage.trial_table import TrialTable
 from storage.trials import Claim, LeaseLostError, TrialQueue, enqueue
 
@@ -326,6 +327,39 @@ def test_trial_finished_by_hand_is_lost(url: str) -> None:
     assert not queue.release(claim)
     assert not queue.finish(claim, TrialState.COMPLETE, 0.5)
     assert trials(url)[0].value == 9.0
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def test_parameters_are_written_once_and_by_the_holder_alone(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = new_study(url)
+    lost = lose_answers(monkeypatch, "set_params")
+    queue, clock = TrialQueue(study._storage, worker_id="w"), Clock()
+    claim = queue.claim([(study._study_id, 1)])
+    assert claim is not None
+    colours = optuna.distributions.CategoricalDistribution(("red", "blue"))
+    queue.set_params(claim, {"x": (0.25, SPACE["x"]), "colour": (1.0, colours)})
+    assert lost
+    (stored,) = trials(url)
+    assert stored.params == {"x": 0.25, "colour": "blue"}
+    assert stored.distributions == {"x": SPACE["x"], "colour": colours}
+    queue.set_params(claim, {"x": (0.5, SPACE["x"]), "y": (0.5, SPACE["x"])})
+    assert trials(url)[0].params == {"x": 0.25, "colour": "blue", "y": 0.5}
+    other = TrialQueue(study._storage, worker_id="other", clock=clock)
+    move_to_other_host(study, claim)
+    assert other.claim([(study._study_id, 1)]) is None
+    clock.now = 61
+    taken = other.claim([(study._study_id, 1)])
+    assert taken is not None
+    with pytest.raises(LeaseLostError):
+        queue.set_params(claim, {"z": (0.5, SPACE["x"])})
+    assert "z" not in trials(url)[0].params
+    assert other.finish(taken, TrialState.COMPLETE, 0.5)
+    with pytest.raises(LeaseLostError):
+        other.set_params(taken, {"z": (0.5, SPACE["x"])})
 
 
 # --- answers that are lost ----------------------------------------------------------------------
@@ -743,6 +777,29 @@ def test_postgresql_read_only(postgres: Callable[[], str]) -> None:
     assert len(reader.get_all_trials(study._study_id)) == 1
     with pytest.raises(optuna.exceptions.StorageInternalError):
         optuna.create_study(storage=reader, study_name="two")
+
+
+def test_a_connection_that_breaks_within_a_read_is_a_passing_failure(
+    postgres: Callable[[], str],
+) -> None:
+    """Optuna reads a second time in the broken session, which is no failure of the connection."""
+    url = postgres()
+    study = new_study(url, queued=1)
+    engine = sql_engine(study._storage)
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    broken: list[int] = []
+
+    def break_once(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "FROM trial_user_attributes" in statement and not broken:
+            broken.append(connection.connection.dbapi_connection.info.backend_pid)
+            with admin.connect() as other:
+                other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": broken[0]})
+
+    event.listen(engine, "before_cursor_execute", break_once)
+    read = with_retries(lambda: study._storage.get_all_trials(study._study_id))
+    assert broken
+    assert [trial.number for trial in read] == [0]
+    admin.dispose()
 
 
 def test_worker_outlives_a_restart_of_its_database(

@@ -12,13 +12,14 @@ from optuna.trial import TrialState
 
 from storage.engine import open_storage
 from storage.leases import LEASE_ATTR
-from storage.trials import TrialQueue
+from storage.trials import Claim, TrialQueue
 from sweeps import worker as worker_module
 from sweeps.errors import SpecError, SweepError
 from sweeps.objective import Objective, Progress
+from sweeps.search import SAMPLERS
 from sweeps.status import CURVES, PROVENANCE, read_status
 from sweeps.studies import stored_sweep
-from sweeps.training.loop import Diverged
+from sweeps.training.loop import Diverged, Interrupted
 from sweeps.worker import StopRequest
 
 
@@ -68,6 +69,57 @@ def stop_after(step: int, stop: StopRequest, monkeypatch: pytest.MonkeyPatch) ->
             stop.set()
 
     monkeypatch.setattr(worker_module._Reporter, "__call__", reporting)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_suggestion_cut_short_is_made_again_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """After none, one, two and all of a trial's parameters, with a history to learn from."""
+    search = {
+        "peak_lr": {"low": 0.01, "high": 0.3, "log": True},
+        "momentum": {"low": 0.5, "high": 0.95},
+        "nesterov": {"choices": [False, True]},
+    }
+    sampler: dict[str, Any] = {"type": kind}
+    if kind in ("TPESampler", "GPSampler"):
+        sampler["n_startup_trials"] = 2
+    spec = make_spec(
+        train={"epochs": 1},
+        search=search,
+        sampler=sampler,
+        pruner={"type": "HyperbandPruner"},
+        budget={"trials": 4},
+    )
+    for place in ("whole", "cut"):
+        (tmp_path / place).mkdir()
+        begin(tmp_path / place, spec)
+    make_worker(tmp_path / "whole").run()
+    suggest = optuna.Trial._suggest
+    cuts: list[tuple[int, int]] = []
+    drawn = 0
+
+    def cut_short(self: optuna.Trial, name: str, distribution: Any) -> Any:
+        nonlocal drawn
+        left = sum(number == self.number for number, _ in cuts)
+        drawn = 0 if name == "peak_lr" else drawn
+        if left == drawn < len(search):
+            cuts.append((self.number, drawn))
+            raise Interrupted
+        value = suggest(self, name, distribution)
+        drawn += 1
+        if left == drawn == len(search):
+            cuts.append((self.number, drawn))
+            raise Interrupted
+        return value
+
+    monkeypatch.setattr(optuna.Trial, "_suggest", cut_short)
+    make_worker(tmp_path / "cut").run()
+    assert cuts == [(number, after) for number in range(4) for after in range(4)]
+    whole, cut = trials(tmp_path / "whole"), trials(tmp_path / "cut")
+    assert [t.params for t in cut] == [t.params for t in whole]
+    assert [t.value for t in cut] == [t.value for t in whole]
+    assert {t.system_attrs[LEASE_ATTR]["attempt"] for t in cut} == {5}
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -375,6 +427,32 @@ def test_a_worker_that_lost_its_lease_drops_the_result_and_goes_on(
     thread.join(60)
     assert not thread.is_alive()
     assert trials(tmp_path)[0].value == 0.125
+
+
+@pytest.mark.parametrize("moment", ["report", "attributes"])
+def test_a_worker_whose_trial_was_finished_meanwhile_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Frozen between the look at its lease and a write, which then finds a finished trial."""
+    begin(tmp_path, make_spec(budget={"trials": 2}))
+    owns = TrialQueue.owns
+    reported = 0
+
+    def frozen_after(self: TrialQueue, claim: Claim) -> bool:
+        nonlocal reported
+        owned = owns(self, claim)
+        if claim.number == 0 and owned:
+            if reported == (1 if moment == "report" else 3):
+                assert self.finish(claim, TrialState.COMPLETE, 0.125)
+            reported += 1
+        return owned
+
+    monkeypatch.setattr(TrialQueue, "owns", frozen_after)
+    make_worker(tmp_path).run()
+    first, second = trials(tmp_path)
+    assert (first.state, first.value) == (TrialState.COMPLETE, 0.125)
+    assert "sweep:failures" not in first.system_attrs
+    assert second.state == TrialState.COMPLETE
 
 
 def wait_until(done: Callable[[], bool]) -> None:

