@@ -21,7 +21,7 @@ import optuna
 import pytest
 from helpers import PROCESSES, Command, begin_at, make_spec, stop_postgres, together, wait_until
 from optuna.trial import TrialState
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from storage.engine import StorageError, open_storage, sql_engine
