@@ -173,7 +173,7 @@ class Worker:
         while not self._stop.is_set():
             sweep = with_retries(lambda: stored_sweep(self._store, self._name))
             self._look_for_request(sweep)
-            if self._spent(sweep):
+            if self._stop.is_set() or self._spent(sweep):
                 return
             studies = [(study.study_id, study.budget) for study in sweep.studies]
             claim = self._queue.claim(studies)
@@ -240,8 +240,9 @@ class Worker:
         finally:
             done.set()
             thread.join()
-            with contextlib.suppress(StopRequestedError):
-                with_retries(session.record)
+        # Not after an error: a store that stayed away would be waited for once more.
+        with contextlib.suppress(StopRequestedError):
+            with_retries(session.record)
 
     def _end_in_time(self, claim: Claim, done: threading.Event) -> None:
         """Wait for the running update; end the process if it takes too long.
