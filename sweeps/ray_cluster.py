@@ -132,6 +132,7 @@ class RayCluster:
         folder = sqlite_folder(storage_url)
         if folder is not None:
             check_sqlite_nodes(nodes)
+        check_address(nodes, storage_url)
         check_nodes(_ask_nodes(nodes, folder), folder)
         if folder is not None:
             # A node that joins later could not reach the file.
@@ -515,6 +516,24 @@ def check_sqlite_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
     """
     if len(nodes) > 1:
         raise SweepError(f"the Ray cluster has {len(nodes)} nodes, and {_NO_SQLITE}")
+
+
+def check_address(nodes: Sequence[Mapping[str, Any]], storage_url: str) -> None:
+    """Refuse an address that is another machine on each of several nodes.
+
+    Args:
+        nodes: those alive, as `ray.nodes()` describes them.
+        storage_url: of the store.
+
+    Raises:
+        SweepError: the URL names this machine as `localhost`, and there are others.
+    """
+    host = urlsplit(storage_url).hostname
+    if len(nodes) > 1 and host in ("localhost", "127.0.0.1", "::1"):
+        raise SweepError(
+            f"the Ray cluster has {len(nodes)} nodes, and {host} in the store's URL is another "
+            "machine on each; name it by an address that all of them reach"
+        )
 
 
 def check_nodes(nodes: Mapping[str, NodeFacts], folder: Path | None) -> None:

@@ -23,6 +23,7 @@ from sweeps.launch import open_place
 from sweeps.ray_cluster import (
     NodeFacts,
     capacity,
+    check_address,
     check_nodes,
     check_sqlite_nodes,
     differences,
@@ -268,3 +269,11 @@ def test_one_node_may_have_a_sqlite_store_and_two_may_not() -> None:
 def test_workers_run_on_this_machine_unless_told_otherwise() -> None:
     with open_place("local") as place:
         assert len(place.plan(2, 1, 5)) == 2
+
+
+@pytest.mark.parametrize("place", ["grpc://localhost:13000", "postgresql+psycopg://me@127.0.0.1/s"])
+def test_an_address_that_each_node_takes_for_itself_is_refused(place: str) -> None:
+    check_address([{}], place)
+    check_address([{}, {}], "grpc://10.0.0.1:13000")
+    with pytest.raises(SweepError, match="all of them reach"):
+        check_address([{}, {}], place)
