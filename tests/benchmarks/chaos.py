@@ -156,7 +156,8 @@ class Server:
                 (answer,) = connection.execute("PRAGMA integrity_check").fetchone()
             return "" if answer == "ok" else str(answer)
         call = [str(self._database.bin_path / "pg_amcheck"), "--install-missing"]
-        call += ["--heapallindexed", "-d", self._database.get_uri()]
+        socket_dir = str(self._database.get_postmaster_info().socket_dir)
+        call += ["--heapallindexed", "-h", socket_dir, "-U", "postgres", "-d", "postgres"]
         done = subprocess.run(call, capture_output=True, text=True, check=False)
         return "" if done.returncode == 0 else done.stdout + done.stderr
 
@@ -334,13 +335,14 @@ def disturbed(
             for trial in trials:
                 worker_id = trial.system_attrs.get(LEASE_ATTR, {}).get("worker") or "host-0-cpu"
                 now = int(worker_id.split("-")[-2]), trial.last_step or 0
-                before = steps.get(trial.number, now)
-                if now[0] == before[0] and now[1] > before[1]:
+                earlier = steps.get(trial.number, now)
+                if now[0] == earlier[0] and now[1] > earlier[1]:
                     begun.add(now[0])
                 steps[trial.number] = now
     finally:
         seconds = time.monotonic() - started
         crowd.end()
+    before = curves(optuna.load_study(storage=watcher, study_name="chaos").trials)
     again = subprocess.run(
         sweep("start", str(spec), "--workers", "1", "--storage", server.url),
         cwd=folder, env=env, capture_output=True, text=True, check=False,
@@ -352,6 +354,7 @@ def disturbed(
     study = optuna.load_study(storage=open_storage(server.direct), study_name="chaos")
     trials = study.trials
     found = curves(trials)
+    same = "" if found == before else "not "
     finished = [t for t in trials if t.state.is_finished()]
     leases = [t.system_attrs.get(LEASE_ATTR, {}) for t in trials]
     wrong = [n for n, one in found.items() if one != expected.get(n)]
@@ -376,7 +379,7 @@ def disturbed(
         "tracebacks": (folder / "workers.log").read_text().count("Traceback"),
         "seconds": round(seconds, 1),
         "seconds, 1 worker in peace": round(peace, 1),
-        "sweep start again": f"exit {again.returncode}",
+        "sweep start again": f"exit {again.returncode}, {same}the same trials",
         "sweep status --json": json.loads(asked.stdout)["studies"][0]["counts"],
     }
     if args.keep:
@@ -472,7 +475,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--server-every", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the table goes, too")
