@@ -427,6 +427,7 @@ def plain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """`study.optimize` under the same disturbance."""
     import optuna
     from optuna.trial import TrialState
+    from sqlalchemy.exc import OperationalError
 
     rng = random.Random(args.seed)
     url = f"sqlite:///{folder / 'plain.db'}"
@@ -443,7 +444,10 @@ def plain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             time.sleep(rng.uniform(1.0, 2.0))
             crowd.tend()
             crowd.disturb(begun)
-            trials = optuna.load_study(storage=url, study_name="plain").trials
+            try:
+                trials = optuna.load_study(storage=url, study_name="plain").trials
+            except OperationalError:  # a frozen worker holds the file's lock
+                continue
             complete = sum(t.state == TrialState.COMPLETE for t in trials)
             begun = {t.user_attrs.get("pid", 0) for t in trials if t.last_step}
     finally:
