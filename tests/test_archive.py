@@ -29,6 +29,7 @@ from storage.archive_rows import StudyRows, StudyTables
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 from storage.engine import StorageError, open_storage, sql_engine
 from storage.leases import LEASE_ATTR
+from storage.trial_table import TrialTable
 from storage.trials import TrialQueue
 from sweeps import search
 from sweeps.cli import main
@@ -139,16 +140,16 @@ def test_the_checkpoint_and_the_curve_need_not_be_of_one_moment(
     with monkeypatch.context() as patch:
         stop = StopRequest()
         store = open_storage(places["here"])
-        set_attr = type(store).set_trial_system_attr
+        report = TrialTable.report
 
-        def stop_in_the_second_trial(self: Any, trial_id: int, key: str, value: Any) -> None:
-            set_attr(self, trial_id, key, value)
-            if key == CURVES:
-                reported.append(trial_id)
-                if reported.count(trial_id) == 2 and len(set(reported)) == 2:
-                    stop.set()
+        def stop_in_the_second_trial(self: TrialTable, trial_id: int, *arguments: Any) -> bool:
+            written = report(self, trial_id, *arguments)
+            reported.append(trial_id)
+            if reported.count(trial_id) == 2 and len(set(reported)) == 2:
+                stop.set()
+            return written
 
-        patch.setattr(type(store), "set_trial_system_attr", stop_in_the_second_trial)
+        patch.setattr(TrialTable, "report", stop_in_the_second_trial)
         work(places["here"], stop)
     checkpoints = CheckpointStore(default_checkpoint_dir(places["here"]))
     cut = {"ahead of the curve": "> 1", "behind it": "< 0"}.get(checkpoint, "< 0")

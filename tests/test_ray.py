@@ -161,7 +161,9 @@ def test_sqlite_is_refused_where_there_are_two_nodes(tmp_path: Path, cluster: An
 
 @needs_ray
 def test_ctrl_c_on_a_cluster_of_its_own_leaves_all_to_be_gone_on_with(tmp_path: Path) -> None:
-    write_spec(tmp_path / "tiny.toml", **{**LONG, "budget": {"trials": 1}})
+    write_spec(
+        tmp_path / "tiny.toml", **{**LONG, "train": {"epochs": 500}, "budget": {"trials": 1}}
+    )
     with in_a_terminal(tmp_path, "tiny.toml", "--on", "ray=local", "--workers", "1") as process:
         wait_for_epochs(tmp_path, 3, busy=1)
         os.killpg(process.pid, signal.SIGINT)

@@ -429,27 +429,28 @@ def test_a_worker_that_lost_its_lease_drops_the_result_and_goes_on(
     assert trials(tmp_path)[0].value == 0.125
 
 
-@pytest.mark.parametrize("moment", ["report", "attributes"])
+@pytest.mark.parametrize("moment", ["report", "finish"])
 def test_a_worker_whose_trial_was_finished_meanwhile_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Frozen between the look at its lease and a write, which then finds a finished trial."""
+    """Frozen before a write, which then finds a trial that somebody else has finished."""
     begin(tmp_path, make_spec(budget={"trials": 2}))
-    owns = TrialQueue.owns
-    reported = 0
+    write, finish = getattr(TrialQueue, moment), TrialQueue.finish
+    writes = {"report": 2, "finish": 1}[moment]
 
-    def frozen_after(self: TrialQueue, claim: Claim) -> bool:
-        nonlocal reported
-        owned = owns(self, claim)
-        if claim.number == 0 and owned:
-            if reported == (1 if moment == "report" else 3):
-                assert self.finish(claim, TrialState.COMPLETE, 0.125)
-            reported += 1
-        return owned
+    def frozen_before(self: TrialQueue, claim: Claim, *arguments: Any, **attrs: Any) -> bool:
+        nonlocal writes
+        if claim.number == 0:
+            writes -= 1
+            if writes == 0:
+                assert finish(self, claim, TrialState.COMPLETE, 0.125)
+        written: bool = write(self, claim, *arguments, **attrs)
+        return written
 
-    monkeypatch.setattr(TrialQueue, "owns", frozen_after)
+    monkeypatch.setattr(TrialQueue, moment, frozen_before)
     make_worker(tmp_path).run()
     first, second = trials(tmp_path)
+    assert writes == 0
     assert (first.state, first.value) == (TrialState.COMPLETE, 0.125)
     assert "sweep:failures" not in first.system_attrs
     assert second.state == TrialState.COMPLETE
