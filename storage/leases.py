@@ -35,6 +35,26 @@ def count(lease: Mapping[str, Any], key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
+def released(text: str | None, *, died: bool) -> dict[str, Any]:
+    """Return the lease of a trial that goes back to the queue.
+
+    Args:
+        text: the lease as stored while the trial ran.
+        died: whether it ran out, instead of being given up by its holder.
+    """
+    before = parse_lease(text)
+    held = "token" in before and "finished" not in before
+    return {
+        "released": True,
+        # Not as "token": a foreign program that runs the trial next would look like its holder.
+        **({"released_token": before["token"]} if held and not died else {}),
+        "worker": before.get("worker"),
+        # A running trial without a lease of ours was an attempt of another Optuna program.
+        "attempt": count(before, "attempt") + (0 if held else 1),
+        "deaths": count(before, "deaths") + int(died),
+    }
+
+
 def host_id() -> str:
     """Name the set of processes whose process ids this process can look up."""
     parts = [socket.gethostname()]

@@ -30,6 +30,7 @@ from storage.engine import (
     StorageError,
     close_storage,
     exclusive,
+    is_grpc,
     open_storage,
     sql_engine,
     sqlite_path,
@@ -75,7 +76,7 @@ class StoreServer:
     """
 
     def __init__(self, url: str, host: str, port: int) -> None:
-        if url.startswith("grpc://"):
+        if is_grpc(url):
             raise StorageError(
                 f"{url} is served already; name the database itself (sqlite:/// or "
                 "postgresql+psycopg://), or give that address to the workers"

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from storage.engine import READ_ONLY_OPTION, StorageError
-from storage.leases import LEASE_ATTR, count, parse_lease
+from storage.leases import LEASE_ATTR, count, parse_lease, released
 
 if TYPE_CHECKING:
     from optuna.trial import TrialState
@@ -354,19 +354,8 @@ class TrialTable:
         """RUNNING → WAITING if the lease still is ``old``, and for no lease, ``started`` too."""
         from optuna.trial import TrialState
 
-        before = parse_lease(old)
-        held = "token" in before and "finished" not in before
-        # Not as "token": a foreign program that runs the trial next would look like its holder.
-        released = {
-            "released": True,
-            **({"released_token": before["token"]} if held and not died else {}),
-            "worker": before.get("worker"),
-            # A running trial without a lease of ours was an attempt of another Optuna program.
-            "attempt": count(before, "attempt") + (0 if held else 1),
-            "deaths": count(before, "deaths") + int(died),
-        }
         return self._leave_running(
-            trial_id, old, released, state=TrialState.WAITING, started=started
+            trial_id, old, released(old, died=died), state=TrialState.WAITING, started=started
         )
 
     def finish(

@@ -36,3 +36,8 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     meant = f"did you mean {close[0]!r}? " if close else ""
     return f"{meant}accepted: {', '.join(names)}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """A number and what it counts, such as `1 study` or `2 studies`."""
+    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sweeps.studies import StoredSweep
-
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+
+    from sweeps.studies import StoredSweep
 
 SESSION = "sweep:session:"
 STOPS = "sweep:stops"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from sweeps.errors import plural
 from sweeps.progress import describe_params
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
 
@@ -131,16 +132,16 @@ def outcome_lines(status: SweepStatus) -> list[str]:
 def disk_line(name: str, storage_url: str) -> str:
     """What the checkpoints of a sweep hold of this machine's disk."""
     from storage.checkpoints import CheckpointStore, default_checkpoint_dir
+    from storage.engine import is_grpc
 
     checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
-    if storage_url.startswith("grpc://"):
+    if is_grpc(storage_url):
         return "checkpoints lie on the machines of the workers"
     try:
         count, used = checkpoints.disk_usage(f"{name}/")
     except OSError as error:
         return f"the checkpoints in {checkpoints.root} cannot be seen ({error.strerror})"
-    files = "1 checkpoint" if count == 1 else f"{count} checkpoints"
-    return f"{files} of {used / 1e6:.1f} MB in {checkpoints.root}"
+    return f"{plural(count, 'checkpoint')} of {used / 1e6:.1f} MB in {checkpoints.root}"
 
 
 def _accuracy(trial: TrialStatus) -> str:

@@ -31,9 +31,9 @@ from storage.trials import TrialQueue
 from sweeps import search
 from sweeps.config import Value
 from sweeps.edits import Edit
-from sweeps.errors import SpecError, SweepError
+from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place, Slot, Workers
-from sweeps.limits import request_stop, stops
+from sweeps.limits import request_stop
 from sweeps.objective import Objective, dataset_identity, open_dataset, prepare_process
 from sweeps.progress import open_view
 from sweeps.report import answer_table, disk_line, outcome_lines
@@ -110,11 +110,8 @@ def run_sweep(
         # Anew each time: another terminal may have raised the budget.
         return with_retries(lambda: read_status(watcher, stored_sweep(watcher, spec.name)))
 
-    def requests() -> int:
-        return with_retries(lambda: stops(watcher, stored_sweep(watcher, spec.name)))
-
-    requests_before = requests()
     status = read()
+    requests_before = status.stop_requests
     left = sum(study.budget - study.finished for study in status.studies)
     slots = place.plan(workers, spec.workers.threads, left)
     err.print(
@@ -124,9 +121,8 @@ def run_sweep(
     if not status.done:
         try:
             code = _run_workers(
-                spec.name, store, storage_url, data_dir, place, slots, read, err,
-                lambda: requests() != requests_before,
-            )  # fmt: skip
+                spec.name, store, storage_url, data_dir, place, slots, read, err, requests_before
+            )
         except StopRequestedError as stopping:
             err.print(
                 f"sweep: {stopping}; what runs goes on at the next start",
@@ -134,13 +130,12 @@ def run_sweep(
             )  # fmt: skip
             return 130
     status = read()
-    stopped = requests() != requests_before
     close_storage(watcher, storage_url)
     close_storage(store, storage_url)
     _print_answer(status, storage_url, again, out)
     if status.done:
         return _done_code(status, err)
-    return 130 if stopped else code
+    return 130 if status.stop_requests != requests_before else code
 
 
 def _done_code(status: SweepStatus, err: Console) -> int:
@@ -185,7 +180,7 @@ def _run_workers(
     slots: list[Slot],
     read: Callable[[], SweepStatus],
     err: Console,
-    asked_to_stop: Callable[[], bool],
+    requests_before: int,
 ) -> int:
     """Run worker processes until they end; show what they do.
 
@@ -201,20 +196,24 @@ def _run_workers(
         try:
             with open_view(err) as view:
 
-                def update() -> None:
+                def update() -> bool:
                     # Nobody waits for the view: the workers say that the store is away.
                     with suppress(StopRequestedError):
-                        view.update(read())
+                        status = read()
+                        view.update(status)
+                        return status.stop_requests != requests_before
+                    return False
 
                 with place.launch(slots, command, variables, view.say) as processes:
-                    codes = _supervise(processes, signals, update, asked_to_stop, view.say)
+                    codes = _supervise(processes, signals, update, view.say)
                 update()
         finally:
             # Workers that were ended by force have left their trials RUNNING.
             with_retries(lambda: _requeue(store, name))
     if signals.received:
         return 130
-    if not read().done and not asked_to_stop():
+    status = read()
+    if not status.done and status.stop_requests == requests_before:
         err.print(
             f"sweep: workers ended with status {', '.join(map(str, codes))} before the budget "
             "was met; what they said stands above",
@@ -313,11 +312,11 @@ def stop_sweep(name: str, storage_url: str, *, wait: float, err: Console) -> int
     if left:
         holders = ", ".join(sorted({trial.worker for trial in left}))
         line = (
-            f"{name}: {_plural(len(left), 'trial')} still running after {wait:g} s ({holders}); a "
+            f"{name}: {plural(len(left), 'trial')} still running after {wait:g} s ({holders}); a "
             "worker that is gone loses its trial when its lease runs out"
         )
     else:
-        done = _plural(len(asked), "trial")
+        done = plural(len(asked), "trial")
         line = f"{name}: stopped; {done} went back to the queue; sweep start {name} goes on"
         if not asked:
             line = f"{name}: no trial was running; workers that wait will end"
@@ -349,11 +348,16 @@ def _signals() -> Iterator[_Signals]:
 def _supervise(
     processes: Workers,
     signals: _Signals,
-    update: Callable[[], None],
-    asked_to_stop: Callable[[], bool],
+    update: Callable[[], bool],
     say: Callable[[str], None],
 ) -> list[int]:
     """Watch workers until all have ended; pass signals and `sweep stop` on.
+
+    Args:
+        processes: the workers.
+        signals: those that this process has received.
+        update: shows how far the sweep is, and says whether it was asked to stop.
+        say: prints a line.
 
     Returns:
         Their exit codes.
@@ -362,13 +366,13 @@ def _supervise(
     asked = False
     while True:
         codes = processes.poll()
-        update()
+        requested = update()
         if codes is not None:
             return codes
-        with suppress(StopRequestedError):
-            if not asked and (asked := asked_to_stop()):
-                # Workers that are still starting would take the request for an old one.
-                processes.stop()
+        if requested and not asked:
+            asked = True
+            # Workers that are still starting would take the request for an old one.
+            processes.stop()
         time.sleep(POLL_SECONDS)
         if len(signals.received) > handled:
             handled = len(signals.received)
@@ -453,14 +457,10 @@ def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
     on_test = any(study.validation == "test" for study in status.studies)
     scored = "; scored on the test images" if on_test else ""
     return (
-        f"{status.name}: {_plural(len(status.studies), 'study', 'studies')}, "
-        f"{_plural(total, 'trial')}{going_on}; {_plural(workers, 'worker')}; "
+        f"{status.name}: {plural(len(status.studies), 'study', 'studies')}, "
+        f"{plural(total, 'trial')}{going_on}; {plural(workers, 'worker')}; "
         f"store {shown_url(storage_url)}{scored}"
     )
-
-
-def _plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _print_answer(status: SweepStatus, storage_url: str, again: str, out: Console) -> None:

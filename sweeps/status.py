@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
-from sweeps.limits import spent
+from sweeps.limits import spent, stops
 from sweeps.spec import SweepSpec
 from sweeps.studies import LABEL, StoredSweep, SweepStudy
 
@@ -21,6 +21,9 @@ REASON = "reason"
 SECONDS = "seconds"
 CURVES = "sweep:curves"
 PROVENANCE = "sweep:provenance"
+FAILURES = "sweep:failures"
+PROGRESS = "sweep:progress"
+"""Deaths of a trial's workers up to the epoch where its latest attempt began."""
 
 OUTCOMES = ("complete", "pruned", "diverged", "failed")
 """How a trial can end. Optuna knows a diverged trial as PRUNED, so that the sampler learns
@@ -103,6 +106,7 @@ class SweepStatus:
         searched: the settings that the sampler suggests.
         seeds: trainings that a trial's accuracy is the mean of.
         spent: which budget of time or epochs is spent, or "".
+        stop_requests: how often its workers were asked to end.
     """
 
     name: str
@@ -112,6 +116,7 @@ class SweepStatus:
     seeds: int
     studies: Sequence[StudyStatus]
     spent: str = ""
+    stop_requests: int = 0
 
     @property
     def done(self) -> bool:
@@ -157,6 +162,7 @@ def read_status(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
         seeds=spec.budget.seeds,
         studies=[_read_study(store, spec, study) for study in sweep.studies],
         spent=spent(store, sweep),
+        stop_requests=stops(store, sweep),
     )
 
 

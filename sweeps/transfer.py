@@ -14,34 +14,52 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage import archive
 from storage.archive import CheckpointPlacement
-from storage.archive_rows import ArchiveError, StudyRows, StudyTables, TrialRows, renumbered
+from storage.archive_rows import ArchiveError, StudyRows, StudyTables, TrialRows
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 from storage.engine import (
     READ_ONLY_OPTION,
     check_url,
     close_storage,
     exclusive,
+    is_grpc,
     open_storage,
     sql_engine,
     sqlite_path,
 )
-from storage.leases import LEASE_ATTR
+from storage.leases import LEASE_ATTR, count, parse_lease, released
 from storage.retries import with_retries
 from storage.trials import TrialQueue
 from sweeps.edits import decisive_changes
-from sweeps.errors import SpecError, SweepError
-from sweeps.limits import SESSION, STOPS, is_span
+from sweeps.errors import SpecError, SweepError, plural
+from sweeps.merging import (
+    FIXED,
+    MERGED_FROM,
+    StudyPlan,
+    attribute,
+    plan_study,
+    stored_spec,
+    summary,
+)
 from sweeps.spec import SweepSpec
-from sweeps.status import CURVES, OUTCOME, OUTCOMES, PROVENANCE, REASON, SECONDS
+from sweeps.status import (
+    CURVES,
+    FAILURES,
+    OUTCOME,
+    OUTCOMES,
+    PROGRESS,
+    PROVENANCE,
+    REASON,
+    SECONDS,
+)
 from sweeps.studies import (
     ADDED,
     CELL,
@@ -59,13 +77,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from sqlalchemy.engine import Connection, Engine
 
-MERGED_FROM = "sweep:merged_from"
-"""Trial system attribute: the numbers that the trial had in the stores that it comes from."""
-
 _SNAPSHOTS = 3
-_NOTE = "dashboard:note"
-_NOTE_OF_TRIAL = "dashboard:{trial}:note"
-_FIXED = "fixed_params"
 _MAX_TRIALS = 2**31 - 1
 
 
@@ -149,8 +161,8 @@ def _export_once(
     trials = sum(len(study.trials) for study in studies)
     missing = f" ({waiting} trials are under way)" if count < waiting else ""
     return (
-        f"{name}: {_plural(len(studies), 'study', 'studies')}, {_plural(trials, 'trial')}, "
-        f"{_plural(count, 'checkpoint')}{missing}, {path.stat().st_size:,} bytes in {path}"
+        f"{name}: {plural(len(studies), 'study', 'studies')}, {plural(trials, 'trial')}, "
+        f"{plural(count, 'checkpoint')}{missing}, {path.stat().st_size:,} bytes in {path}"
     )
 
 
@@ -321,13 +333,13 @@ class _Import:
             self._say(line)
         return result
 
-    def _look(self) -> list[_Plan] | None:
+    def _look(self) -> list[StudyPlan] | None:
         """What would be done; refuses what must not be done."""
         engine = sql_engine(self._store)
         with engine.connect().execution_options(**{READ_ONLY_OPTION: True}) as connection:
             return self._plans(connection)
 
-    def _plans(self, connection: Connection) -> list[_Plan] | None:
+    def _plans(self, connection: Connection) -> list[StudyPlan] | None:
         """One plan for each study; None if the store does not have the sweep."""
         incoming = self._incoming
         ids = self._tables.ids(
@@ -339,7 +351,7 @@ class _Import:
             return None
         existing = [self._tables.read(connection, study_id) for study_id in ids]
         for study in existing:
-            if _attr(study.user_attrs, SWEEP) != incoming.name:
+            if attribute(study.user_attrs, SWEEP) != incoming.name:
                 raise SweepError(
                     f"the store has a study {study.name!r} that is not of this sweep; import "
                     "under another --name"
@@ -354,7 +366,9 @@ class _Import:
         by_name = {study.name: study for study in incoming.studies}
         _refuse_other_sweep(existing, by_name)
         plans = [
-            _plan(study, by_name[study.name], self._incoming.with_checkpoint, self._checkpoints)
+            plan_study(
+                study, by_name[study.name], self._incoming.with_checkpoint, self._checkpoints
+            )
             for study in existing
         ]
         ahead, behind = any(p.ahead for p in plans), any(p.behind for p in plans)
@@ -383,7 +397,7 @@ class _Import:
                     for plan in plans:
                         finished += self._carry_out(connection, plan, placement)
                     lines = [line for plan in plans for line in plan.remarks()]
-                    result = _summary(plans)
+                    result = summary(plans)
                 placement.place()
             placement.keep()
             for key in finished:
@@ -406,15 +420,15 @@ class _Import:
         studies = self._incoming.studies
         trials = sum(len(study.trials) for study in studies)
         text = (
-            f"imported {_plural(len(studies), 'study', 'studies')}, {_plural(trials, 'trial')}, "
-            f"{_plural(len(self._incoming.with_checkpoint), 'checkpoint')}"
+            f"imported {plural(len(studies), 'study', 'studies')}, {plural(trials, 'trial')}, "
+            f"{plural(len(self._incoming.with_checkpoint), 'checkpoint')}"
         )
         if going_on:
-            text += f"; {_plural(going_on, 'interrupted trial')} to go on"
+            text += f"; {plural(going_on, 'interrupted trial')} to go on"
         return text
 
     def _carry_out(
-        self, connection: Connection, plan: _Plan, placement: CheckpointPlacement
+        self, connection: Connection, plan: StudyPlan, placement: CheckpointPlacement
     ) -> list[str]:
         """Write what a plan says; return the checkpoints that are then of finished trials."""
         tables, name, finished = self._tables, plan.file.name, []
@@ -459,7 +473,7 @@ def _check_sweep(name: str, studies: list[StudyRows]) -> None:
     if not specs or len(studies) != len(specs[0].cells):
         cells = len(specs[0].cells) if specs else 1
         raise SweepError(f"it has {len(studies)} of the {cells} studies of {name}")
-    positions = sorted(_attr(study.user_attrs, POSITION) for study in studies)
+    positions = sorted(attribute(study.user_attrs, POSITION) for study in studies)
     if positions != list(range(len(studies))):
         raise SweepError(f"two studies of {name} are the same")
     for spec in specs[1:]:
@@ -470,10 +484,10 @@ def _check_sweep(name: str, studies: list[StudyRows]) -> None:
 
 def _check_study(name: str, study: StudyRows) -> SweepSpec:
     attrs, where = study.user_attrs, f"study {study.name[:80]!r}"
-    if _attr(attrs, SWEEP) != name:
+    if attribute(attrs, SWEEP) != name:
         raise SweepError(f"{where} is not of the sweep {name!r}")
-    table, cell, position = (_attr(attrs, key) for key in (SPEC, CELL, POSITION))
-    fingerprint = _attr(attrs, FINGERPRINT)
+    table, cell, position = (attribute(attrs, key) for key in (SPEC, CELL, POSITION))
+    fingerprint = attribute(attrs, FINGERPRINT)
     if not isinstance(table, dict) or not isinstance(fingerprint, str) or READY not in attrs:
         raise SweepError(f"{where} is not whole: it lacks its spec or its data set's fingerprint")
     try:
@@ -491,7 +505,7 @@ def _check_study(name: str, study: StudyRows) -> SweepSpec:
         raise SweepError(f"the spec of {where} cannot be read ({type(error).__name__})") from error
     if spec.budget.trials > _MAX_TRIALS:
         raise SweepError(f"{where} has a budget of more than {_MAX_TRIALS} trials")
-    added = _attr(attrs, ADDED) or 0
+    added = attribute(attrs, ADDED) or 0
     if type(added) is not int or not 0 <= added <= _MAX_TRIALS:
         raise SweepError(f"{where} has {str(added)[:80]!r} added trials")
     if study.directions != ("MAXIMIZE",):
@@ -530,9 +544,9 @@ _SYSTEM_ATTRS: dict[str, Callable[[Any], bool]] = {
     LEASE_ATTR: _is_lease,
     CURVES: _is_curves,
     PROVENANCE: lambda value: isinstance(value, dict),
-    "sweep:progress": _is_progress,
-    "sweep:failures": _is_count,
-    _FIXED: lambda value: isinstance(value, dict),
+    PROGRESS: _is_progress,
+    FAILURES: _is_count,
+    FIXED: lambda value: isinstance(value, dict),
     MERGED_FROM: lambda value: isinstance(value, list) and all(map(_is_count, value)),
 }
 _USER_ATTRS: dict[str, Callable[[Any], bool]] = {
@@ -546,7 +560,7 @@ _USER_ATTRS: dict[str, Callable[[Any], bool]] = {
 def _check_attrs(trial: TrialRows, where: str) -> None:
     for attrs, accepted in ((trial.system_attrs, _SYSTEM_ATTRS), (trial.user_attrs, _USER_ATTRS)):
         for key, is_sound in accepted.items():
-            if key in attrs and not is_sound(_attr(attrs, key)):
+            if key in attrs and not is_sound(attribute(attrs, key)):
                 raise SweepError(f"{where}: trial {trial.number} has no sound attribute {key!r}")
 
 
@@ -555,373 +569,28 @@ def _refuse_other_sweep(existing: Sequence[StudyRows], by_name: Mapping[str, Stu
     for ours in existing:
         # A difference in [each] may leave other studies, so the specs come first.
         theirs = by_name.get(ours.name) or next(iter(by_name.values()))
-        changed = decisive_changes(_spec(ours), _spec(theirs))
+        changed = decisive_changes(stored_spec(ours), stored_spec(theirs))
         if changed:
             shown = "; ".join(f"{key}: store {a!r}, file {b!r}" for key, (a, b) in changed.items())
             raise SweepError(
-                f"{_spec(ours).name} is in the store with other settings ({shown}); import under "
-                "another --name"
+                f"{stored_spec(ours).name} is in the store with other settings ({shown}); import "
+                "under another --name"
             )
         if ours.user_attrs[FINGERPRINT] != theirs.user_attrs[FINGERPRINT]:
             raise SweepError(
                 f"{ours.name} was begun on other images in the store (fingerprint "
-                f"{_attr(ours.user_attrs, FINGERPRINT)[:12]}) than in the file "
-                f"({_attr(theirs.user_attrs, FINGERPRINT)[:12]}); import under another --name"
+                f"{attribute(ours.user_attrs, FINGERPRINT)[:12]}) than in the file "
+                f"({attribute(theirs.user_attrs, FINGERPRINT)[:12]}); import under another --name"
             )
-
-
-# --- comparing two states of a study ------------------------------------------------------------
-
-
-@dataclass
-class _Attrs:
-    trial_id: int
-    user: dict[str, str]
-    system: dict[str, str]
-    study: dict[str, str]
-
-
-@dataclass
-class _Plan:
-    """What a file's study would change in the store's.
-
-    Attributes:
-        added: trials to create, with their number in the file; in their new numbers.
-        replaced: (store's, file's): unfinished trials that the file has finished or brought
-            further.
-        attrs: attributes that the store's trials lack.
-        study_user, study_system: attributes to set on the study.
-        ahead: numbers of the store's that the file does not have, or not as far.
-        behind: numbers of the file's that the store does not have, or not as far.
-        conflicts: numbers whose trials are different ones.
-        running: trials that a worker holds here, and that the file has further.
-    """
-
-    study_id: int
-    store: StudyRows
-    file: StudyRows
-    added: list[tuple[int, TrialRows]] = field(default_factory=list)
-    replaced: list[tuple[TrialRows, TrialRows]] = field(default_factory=list)
-    attrs: list[_Attrs] = field(default_factory=list)
-    study_user: dict[str, str] = field(default_factory=dict)
-    study_system: dict[str, str] = field(default_factory=dict)
-    ahead: list[int] = field(default_factory=list)
-    behind: list[int] = field(default_factory=list)
-    conflicts: list[int] = field(default_factory=list)
-    running: list[int] = field(default_factory=list)
-    kept_spec: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the store has all of it."""
-        return not (
-            self.added or self.replaced or self.attrs or self.study_user or self.study_system
-        )
-
-    def differences(self) -> list[str]:
-        """One line for each kind of difference."""
-        name = self.store.name
-        kinds = {
-            "only or further in the store": self.ahead,
-            "only or further in the file": self.behind,
-            "different trials of the same number": self.conflicts,
-        }
-        return [
-            f"{name}: {kind}: {_numbers(numbers)} ({_plural(len(numbers), 'trial')})"
-            for kind, numbers in kinds.items()
-            if numbers
-        ]
-
-    def remarks(self) -> list[str]:
-        """What went otherwise than one might expect."""
-        name, lines = self.store.name, []
-        moved = [(origin, trial.number) for origin, trial in self.added if origin != trial.number]
-        if moved:
-            shown = ", ".join(f"#{origin} as #{number}" for origin, number in moved)
-            lines.append(f"{name}: numbers that were taken; the file's trials are kept: {shown}")
-        if self.running:
-            lines.append(
-                f"{name}: workers hold {_numbers(self.running)} here, which the file has further; "
-                "they go on as they are"
-            )
-        if self.kept_spec:
-            lines.append(f"{name}: texts and budgets differ; the store's are kept, the larger "
-                         "budget holds")  # fmt: skip
-        return lines
-
-
-def _plan(
-    store: StudyRows,
-    file: StudyRows,
-    with_checkpoint: frozenset[tuple[str, int]],
-    checkpoints: CheckpointStore,
-) -> _Plan:
-    assert store.study_id is not None
-    plan = _Plan(store.study_id, store, file)
-
-    def progress(trial: TrialRows, has_checkpoint: bool) -> int:
-        # Without its checkpoint a trial starts over, whatever its curve says.
-        return len(trial.intermediate) if has_checkpoint else 0
-
-    pairs = _pairs(store, file)
-    for theirs in file.trials:
-        ours = pairs.get(theirs.number)
-        if ours is None:
-            if theirs.number < len(store.trials):
-                if not _is_blank(theirs):
-                    plan.conflicts.append(theirs.number)
-                continue
-            if not _is_blank(theirs):
-                plan.behind.append(theirs.number)
-            continue
-        if ours.is_finished:
-            if not theirs.is_finished:
-                plan.ahead.append(ours.number)
-            continue_with = theirs.is_finished
-        elif theirs.is_finished:
-            plan.behind.append(theirs.number)
-            plan.replaced.append((ours, theirs))
-            continue_with = False
-        else:
-            key = f"{store.name}/{ours.number}"
-            here = progress(ours, checkpoints.path(key).exists())
-            there = progress(theirs, (file.name, theirs.number) in with_checkpoint)
-            continue_with = here == there
-            if here > there or (_is_blank(theirs) and not _is_blank(ours)):
-                plan.ahead.append(ours.number)
-            elif here < there or (_is_blank(ours) and not _is_blank(theirs)):
-                if ours.state == "RUNNING":
-                    plan.running.append(ours.number)
-                else:
-                    plan.behind.append(theirs.number)
-                    plan.replaced.append((ours, theirs))
-                    continue_with = False
-        if continue_with:
-            _add_attrs(plan, ours, theirs)
-    matched = {trial.number for trial in pairs.values()}
-    plan.ahead += [
-        trial.number
-        for trial in store.trials
-        if trial.number not in matched
-        and trial.number not in plan.conflicts
-        and not _is_blank(trial)
-    ]
-    _number_added(plan, pairs)
-    _plan_study(plan)
-    return plan
-
-
-def _number_added(plan: _Plan, pairs: Mapping[int, TrialRows]) -> None:
-    """Number the trials to create: their own numbers where these are free, and no gaps."""
-    missing = [trial for trial in plan.file.trials if trial.number not in pairs]
-    number = len(plan.store.trials)
-    natural = [trial for trial in missing if trial.number >= number]
-    pool = [trial for trial in missing if trial.number < number and not _is_blank(trial)]
-    while natural or pool:
-        at_home = bool(natural) and (natural[0].number <= number or not pool)
-        trial = (natural if at_home else pool).pop(0)
-        attrs = {}
-        if trial.number != number:
-            attrs[MERGED_FROM] = json.dumps(sorted(_origins(trial)))
-        plan.added.append((trial.number, renumbered(trial, number, attrs)))
-        number += 1
-
-
-def _pairs(store: StudyRows, file: StudyRows) -> dict[int, TrialRows]:
-    """The store's trial that each of the file's trials is, by the file's number."""
-    pairs: dict[int, TrialRows] = {}
-    free = {trial.number: trial for trial in store.trials}
-
-    def pair(theirs: TrialRows, ours: TrialRows) -> None:
-        pairs[theirs.number] = free.pop(ours.number)
-
-    # The very same result, whatever its number is by now.
-    known: dict[object, list[TrialRows]] = {}
-    for trial in store.trials:
-        if trial.is_finished:
-            known.setdefault(_identity(trial), []).append(trial)
-    for theirs in file.trials:
-        if theirs.is_finished:
-            same = [t for t in known.get(_identity(theirs), ()) if t.number in free]
-            if same:
-                pair(theirs, min(same, key=lambda t: t.number != theirs.number))
-    for theirs in file.trials:
-        at = free.get(theirs.number)
-        if theirs.number not in pairs and at is not None and _is_same(at, theirs):
-            pair(theirs, at)
-    # Trials that an earlier merge has given another number.
-    for theirs in file.trials:
-        if theirs.number in pairs or not theirs.params:
-            continue
-        for ours in list(free.values()):
-            if MERGED_FROM in ours.system_attrs or MERGED_FROM in theirs.system_attrs:
-                related = _origins(ours) & _origins(theirs)
-                if related and ours.params and _is_same(ours, theirs):
-                    pair(theirs, ours)
-                    break
-    return pairs
-
-
-def _origins(trial: TrialRows) -> set[int]:
-    return {trial.number, *(_attr(trial.system_attrs, MERGED_FROM) or ())}
-
-
-def _identity(trial: TrialRows) -> object:
-    """Equal for two records of one training: who ran it, when, and what came out."""
-    lease = trial.system_attrs.get(LEASE_ATTR)
-    return (lease, trial.started, trial.completed, _result(trial))
-
-
-def _result(trial: TrialRows) -> object:
-    return (
-        trial.state,
-        tuple(sorted((name, value) for name, (value, _) in trial.params.items())),
-        trial.values,
-        tuple(sorted(trial.intermediate.items())),
-        trial.user_attrs.get(OUTCOME),
-    )
-
-
-def _is_blank(trial: TrialRows) -> bool:
-    """Whether nothing was ever decided about a trial but its number."""
-    return not (
-        trial.is_finished
-        or trial.params
-        or trial.intermediate
-        or _FIXED in trial.system_attrs
-        or LABEL in trial.user_attrs
-    )
-
-
-def _is_same(ours: TrialRows, theirs: TrialRows) -> bool:
-    """Whether two trials of one number are the same training, as far as both have come."""
-    if ours.is_finished and theirs.is_finished:
-        return _result(ours) == _result(theirs)
-    if _is_blank(ours):
-        # A worker that is about to fill it in would do so differently.
-        return theirs.is_finished or ours.state != "RUNNING" or _is_blank(theirs)
-    if _is_blank(theirs):
-        return True
-    if ours.user_attrs.get(LABEL) != theirs.user_attrs.get(LABEL):
-        return False
-    here, there = _settings(ours), _settings(theirs)
-    shared = here.keys() & there.keys()
-    # A trial that was interrupted among its suggestions has some of them only.
-    return shared in (here.keys(), there.keys()) and all(here[k] == there[k] for k in shared)
-
-
-def _settings(trial: TrialRows) -> dict[str, Any]:
-    return {**(_attr(trial.system_attrs, _FIXED) or {}), **trial.external_params()}
-
-
-def _add_attrs(plan: _Plan, ours: TrialRows, theirs: TrialRows) -> None:
-    """Plan what the store's record of a trial lacks; where both have a value, it keeps its own."""
-    assert ours.trial_id is not None
-
-    def lacking(mine: Mapping[str, str], its: Mapping[str, str]) -> dict[str, str]:
-        return {key: text for key, text in its.items() if key not in mine}
-
-    change = _Attrs(
-        ours.trial_id,
-        lacking(ours.user_attrs, theirs.user_attrs),
-        lacking(ours.system_attrs, {k: v for k, v in theirs.system_attrs.items()
-                                    if k != MERGED_FROM}),
-        _merged_notes(ours.study_attrs, theirs.study_attrs, _NOTE_OF_TRIAL),
-    )  # fmt: skip
-    if change.user or change.system or change.study:
-        plan.attrs.append(change)
-
-
-def _merged_notes(
-    ours: Mapping[str, str], theirs: Mapping[str, str], prefix: str
-) -> dict[str, str]:
-    """What to set so that the later version of a note stands, and everything else of both."""
-    changes = {
-        key: text for key, text in theirs.items() if key not in ours and not key.startswith(prefix)
-    }
-    if _note_version(theirs, prefix) > _note_version(ours, prefix):
-        # The dashboard, too, blanks the parts that a shorter text leaves over.
-        changes |= {key: '""' for key in ours if key.startswith(f"{prefix}_str:")}
-        changes |= {key: text for key, text in theirs.items() if key.startswith(prefix)}
-    return changes
-
-
-def _note_version(attrs: Mapping[str, str], prefix: str) -> int:
-    version = _attr(attrs, f"{prefix}_ver")
-    return version if isinstance(version, int) else 0
-
-
-def _plan_study(plan: _Plan) -> None:
-    ours, theirs = plan.store, plan.file
-    plan.study_user = {k: t for k, t in theirs.user_attrs.items() if k not in ours.user_attrs}
-    plan.study_system = _merged_notes(ours.system_attrs, theirs.system_attrs, _NOTE)
-    # The file's workers were asked to stop, not those that run here.
-    plan.study_system.pop(STOPS, None)
-    for key, text in theirs.system_attrs.items():
-        # QMCSampler counts the points of its sequence that were used.
-        if key.startswith("qmc:") and key in ours.system_attrs:
-            counts = [_attr(attrs, key) for attrs in (ours.system_attrs, theirs.system_attrs)]
-            if all(isinstance(count, int) for count in counts) and counts[1] > counts[0]:
-                plan.study_system[key] = text
-        if key.startswith(SESSION) and key in ours.system_attrs:
-            spans = [_attr(attrs, key) for attrs in (ours.system_attrs, theirs.system_attrs)]
-            if all(map(is_span, spans)) and spans[1] > spans[0]:
-                plan.study_system[key] = text
-    here, there = (_attr(study.user_attrs, SPEC) for study in (ours, theirs))
-    # Whoever renews a spec writes the note anew, which counts its versions.
-    versions = [_note_version(study.system_attrs, _NOTE) for study in (ours, theirs)]
-    counts = [_attr(study.user_attrs, ADDED) or 0 for study in (ours, theirs)]
-    added = max(counts)
-    budgets = [_spec(study).budget.trials for study in (ours, theirs)]
-    if budgets[0] != budgets[1] and versions[0] != versions[1]:
-        added = counts[versions[1] > versions[0]]  # an edited budget has replaced them
-    plan.study_user.pop(ADDED, None)
-    if added != counts[0]:
-        plan.study_user[ADDED] = json.dumps(added)
-    if here == there:
-        return
-    if versions[1] > versions[0]:
-        for key in (SPEC, "question", "source"):
-            if key in theirs.user_attrs:
-                plan.study_user[key] = theirs.user_attrs[key]
-    elif versions[1] == versions[0]:
-        plan.kept_spec = True
-        if budgets[1] > budgets[0]:
-            here.setdefault("budget", {})["trials"] = budgets[1]
-            plan.study_user[SPEC] = json.dumps(here)
-
-
-def _summary(plans: Sequence[_Plan]) -> str:
-    if all(plan.is_empty for plan in plans):
-        newer = any(plan.ahead for plan in plans)
-        return "nothing to do, the store has all of the file" + (" and more" if newer else "")
-    added = sum(len(plan.added) for plan in plans)
-    taken = sum(len(plan.replaced) for plan in plans)
-    parts = [f"{_plural(added, 'trial')} added", f"{taken} brought further"]
-    if not added and not taken:
-        parts = ["attributes brought up to date"]
-    moved = sum(origin != trial.number for plan in plans for origin, trial in plan.added)
-    if moved:
-        parts.append(f"{moved} of them under another number")
-    return ", ".join(parts)
 
 
 # --- small things -------------------------------------------------------------------------------
 
 
-def _spec(study: StudyRows) -> SweepSpec:
-    return SweepSpec.from_dict(_attr(study.user_attrs, SPEC))
-
-
-def _attr(attrs: Mapping[str, str], key: str) -> Any:
-    """An attribute's value; None if there is none."""
-    return json.loads(attrs[key]) if key in attrs else None
-
-
 def _attempts(trial: TrialRows) -> int:
-    lease = _attr(trial.system_attrs, LEASE_ATTR) or {}
-    attempt = lease.get("attempt", 0)
-    return int(attempt) + (trial.state == "RUNNING" and "token" not in lease)
+    text = trial.system_attrs.get(LEASE_ATTR)
+    lease = released(text, died=False) if trial.state == "RUNNING" else parse_lease(text)
+    return count(lease, "attempt")
 
 
 def _released(trial: TrialRows) -> TrialRows:
@@ -931,19 +600,13 @@ def _released(trial: TrialRows) -> TrialRows:
     """
     if trial.state != "RUNNING":
         return trial
-    lease = _attr(trial.system_attrs, LEASE_ATTR) or {}
-    released = {
-        "released": True,
-        "worker": lease.get("worker"),
-        "attempt": _attempts(trial),
-        "deaths": lease.get("deaths", 0),
-    }
-    attrs = {**trial.system_attrs, LEASE_ATTR: json.dumps(released)}
+    lease = released(trial.system_attrs.get(LEASE_ATTR), died=False)
+    attrs = {**trial.system_attrs, LEASE_ATTR: json.dumps(lease)}
     return replace(trial, state="WAITING", started=None, heartbeat=None, system_attrs=attrs)
 
 
 def _refuse_proxy(storage_url: str) -> None:
-    if storage_url.startswith("grpc://"):
+    if is_grpc(storage_url):
         raise SweepError(
             f"a sweep moves from database to database, not through the proxy {storage_url}; run "
             "this where the database is reached, with its own --storage"
@@ -958,18 +621,3 @@ def _refuse_database(path: Path, storage_url: str) -> None:
     own = [Path(f"{database}{end}").resolve() for end in ("", "-wal", "-shm", ".lock")]
     if path.resolve() in own:
         raise SweepError(f"{path} belongs to the store itself; name another file")
-
-
-def _numbers(numbers: Iterable[int]) -> str:
-    """Trial numbers, runs of them as ranges."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"#{a}" if a == b else f"#{a} to #{b}" for a, b in runs)
-
-
-def _plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -37,7 +37,7 @@ from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
 from sweeps.limits import Session, spent, stops
 from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
-from sweeps.status import CURVES, OUTCOME, PROVENANCE, REASON, SECONDS
+from sweeps.status import CURVES, FAILURES, OUTCOME, PROGRESS, PROVENANCE, REASON, SECONDS
 from sweeps.studies import LABEL, StoredSweep, SweepStudy, check_fingerprint, stored_sweep
 from sweeps.training.loop import Diverged, Interrupted
 
@@ -64,9 +64,6 @@ SAME_FAILURES = 3
 """Trials in a row that failed alike, after which a worker gives up: the sweep is at fault."""
 
 ERROR = "error"
-FAILURES = "sweep:failures"
-PROGRESS = "sweep:progress"
-"""Deaths of a trial's workers up to the epoch where its latest attempt began."""
 
 
 class _Pruned(Exception):
@@ -521,6 +518,7 @@ def new_worker_id(suffix: str) -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{suffix}"
 
 
+@functools.cache
 def _provenance(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside its config."""
     packages = {

@@ -88,7 +88,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from sweeps.training.clipping import clip_units_
-from sweeps.training.rounds import DeviceBatch, SGDSettings
+from sweeps.training.rounds import DeviceBatch, SGDSettings, param_groups
 
 LOCAL_MOMENTA = ("average", "keep", "reset")
 SERVER_OPTIMIZERS = ("sgd", "adam")
@@ -208,22 +208,16 @@ class FederatedAveraging:
         )
         names = {p: name for name, p in model.named_parameters()}
         self._classifier = {names[p] for p in classifier}
-        param_groups: list[dict[str, Any]] = [
-            {
-                "params": [self._local[names[p]] for p in parameters],
-                "weight_decay": settings.weight_decay
-                if group != "scalars" or settings.decay_scalars
-                else 0.0,
-                "lr_factor": settings.scalar_lr_factor if group == "scalars" else 1.0,
-            }
+        stacked = {
+            group: [self._local[names[p]] for p in parameters]
             for group, parameters in groups.items()
-            if parameters
-        ]
+        }
+        groups_of_optimizer = param_groups(stacked, settings)
         self._weight_decay = {
-            p: group["weight_decay"] for group in param_groups for p in group["params"]
+            p: group["weight_decay"] for group in groups_of_optimizer for p in group["params"]
         }
         self._optimizer = torch.optim.SGD(
-            param_groups,
+            groups_of_optimizer,
             lr=0.0,
             momentum=settings.momentum,
             nesterov=settings.nesterov,

@@ -67,6 +67,28 @@ class SGDSettings:
     label_smoothing: float = 0.0
 
 
+def param_groups(
+    groups: Mapping[str, Sequence[nn.Parameter | Tensor]], settings: SGDSettings
+) -> list[dict[str, Any]]:
+    """The groups as an optimizer takes them, with what the settings say of each.
+
+    `lr_factor` is the group's share of the weights' learning rate; `layerwise` says whether LARS
+    scales its tensors.
+    """
+    return [
+        {
+            "params": list(parameters),
+            "weight_decay": settings.weight_decay
+            if name != "scalars" or settings.decay_scalars
+            else 0.0,
+            "lr_factor": settings.scalar_lr_factor if name == "scalars" else 1.0,
+            "layerwise": name != "scalars",
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
 class SynchronousSGD:
     """Every device computes a gradient on its own local batch; all take the averaged step.
 
@@ -100,22 +122,11 @@ class SynchronousSGD:
         self._clipped_by_unit = [p for p in self._parameters if id(p) not in spared]
         device = self._parameters[0].device
         self._device_type = device.type
-        param_groups: list[dict[str, Any]] = [
-            {
-                "params": list(parameters),
-                "weight_decay": settings.weight_decay
-                if name != "scalars" or settings.decay_scalars
-                else 0.0,
-                "lr_factor": settings.scalar_lr_factor if name == "scalars" else 1.0,
-                "layerwise": name != "scalars",
-            }
-            for name, parameters in groups.items()
-            if parameters
-        ]
+        groups_of_optimizer = param_groups(groups, settings)
         self._optimizer: torch.optim.Optimizer
         if settings.lars_trust_coefficient is not None:
             self._optimizer = LARS(
-                param_groups,
+                groups_of_optimizer,
                 lr=0.0,
                 momentum=settings.momentum,
                 trust_coefficient=settings.lars_trust_coefficient,
@@ -123,7 +134,7 @@ class SynchronousSGD:
             )
         else:
             self._optimizer = torch.optim.SGD(
-                param_groups,
+                groups_of_optimizer,
                 lr=0.0,
                 momentum=settings.momentum,
                 nesterov=settings.nesterov,
