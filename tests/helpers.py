@@ -189,14 +189,14 @@ class Command:
             self._changed.notify_all()
 
 
-def wait_until(true: Callable[[], bool]) -> None:
+def wait_until(true: Callable[[], bool], *, seconds: int = 120) -> None:
     """Ask until the answer is yes."""
     asked = threading.Event()
-    for _ in range(2400):
+    for _ in range(20 * seconds):
         if true():
             return
         asked.wait(0.05)
-    raise AssertionError("it did not become true within two minutes")
+    raise AssertionError(f"it did not become true within {seconds} seconds")
 
 
 def stop_postgres(server: Any, number: signal.Signals) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import pickle
 import resource
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -548,11 +550,14 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, two: tuple[str, str]) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
     (tmp_path / "out").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "sweeps.cli", "export", "tiny", "out/x"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
-        preexec_fn=limit,
-    )  # fmt: skip
+    # An open connection keeps SQLite's shared-memory file, which is larger than the limit, there.
+    with contextlib.closing(sqlite3.connect(tmp_path / "sweep.db")) as holder:
+        holder.execute("SELECT COUNT(*) FROM studies").fetchone()
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "sweeps.cli", "export", "tiny", "out/x"],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+            preexec_fn=limit,
+        )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("sweep: cannot write out/x")
     assert not list((tmp_path / "out").iterdir())

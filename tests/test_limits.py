@@ -18,11 +18,13 @@ from helpers import (
     run,
     trials,
     url,
+    wait_until,
     write_spec,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
+from test_cli import wait_for_epochs
 
 from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
@@ -99,12 +101,12 @@ def test_a_request_to_stop_ends_workers_everywhere_and_a_later_start_ignores_it(
     )  # fmt: skip
     joined: subprocess.Popen[str] | None = None
     try:
-        wait_for_epochs(tmp_path, 1, start)
+        wait_for_epochs(tmp_path, 1, busy=1)
         joined = subprocess.Popen(
             command("worker", "tiny", "--threads", "1"),
             cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        wait_for_epochs(tmp_path, 2, joined)
+        wait_for_epochs(tmp_path, 1, busy=2)
         stopped = run("stop", "tiny", cwd=tmp_path)
         assert (stopped.returncode, stopped.stdout) == (0, "")
         assert "2 trials went back to the queue" in stopped.stderr
@@ -134,28 +136,8 @@ def test_a_request_to_stop_reaches_workers_that_are_still_starting(tmp_path: Pat
     assert not [t for t in trials(tmp_path) if t.state == TrialState.RUNNING]
 
 
-def wait_for_epochs(tmp_path: Path, running: int, process: subprocess.Popen[str]) -> None:
-    """Wait until that many trials have completed an epoch."""
-    tick = threading.Event()
-    while True:
-        assert process.poll() is None
-        if (tmp_path / "sweep.db").exists():
-            store = open_storage(url(tmp_path))
-            for study in store.get_all_studies():
-                begun = [
-                    t
-                    for t in store.get_all_trials(study._study_id)
-                    if t.state == TrialState.RUNNING and t.intermediate_values
-                ]
-                if len(begun) >= running:
-                    return
-        tick.wait(0.2)
-
-
 def stop_when_grown(tmp_path: Path, before: list[int]) -> None:
-    tick = threading.Event()
-    while [len(c) for c in curves(tmp_path)] <= before:
-        tick.wait(0.2)
+    wait_until(lambda: [len(c) for c in curves(tmp_path)] > before)
     store = open_storage(url(tmp_path))
     request_stop(store, stored_sweep(store, "tiny"))
 
@@ -253,9 +235,7 @@ def test_sigterm_in_a_long_update_ends_the_worker_and_puts_its_trial_back(tmp_pa
         command("worker", "tiny", "--threads", "1"), cwd=tmp_path, env=environment()
     )
     try:
-        tick = threading.Event()
-        while not [t for t in trials(tmp_path) if t.params]:
-            tick.wait(0.2)
+        wait_until(lambda: bool([t for t in trials(tmp_path) if t.params]))
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(60) == 0
     finally:

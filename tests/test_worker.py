@@ -7,7 +7,7 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import begin, make_spec, make_worker, trials, url
+from helpers import begin, make_spec, make_worker, trials, url, wait_until
 from optuna.trial import TrialState
 
 from storage.engine import open_storage
@@ -420,7 +420,9 @@ def test_a_worker_that_lost_its_lease_drops_the_result_and_goes_on(
     robbed_worker = make_worker(tmp_path, stop=stop)
     thread = threading.Thread(target=robbed_worker.run)
     thread.start()
-    wait_until(lambda: len(trials(tmp_path)) == 2 and trials(tmp_path)[1].state.is_finished())
+    wait_until(
+        lambda: len(trials(tmp_path)) == 2 and trials(tmp_path)[1].state.is_finished(), seconds=60
+    )
     assert trials(tmp_path)[0].state == TrialState.RUNNING
     queue, claim = thief[0]
     assert queue.finish(claim, TrialState.COMPLETE, 0.125)
@@ -454,16 +456,6 @@ def test_a_worker_whose_trial_was_finished_meanwhile_goes_on(
     assert (first.state, first.value) == (TrialState.COMPLETE, 0.125)
     assert "sweep:failures" not in first.system_attrs
     assert second.state == TrialState.COMPLETE
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    """Poll with a deadline."""
-    polled = threading.Event()
-    for _ in range(1200):
-        if done():
-            return
-        polled.wait(0.05)
-    raise AssertionError("not done within a minute")
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
