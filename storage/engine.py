@@ -52,6 +52,12 @@ class EmptyStorageError(StorageError):
     """A database that can be read and holds no sweep yet."""
 
 
+class StorageAwayError(StorageError):
+    """A server that does not answer, but may do so later: it restarts, or its network is gone."""
+
+    transient = True
+
+
 def sqlite_path(url: str) -> Path | None:
     """Return the absolute path of the database file behind a SQLite URL.
 
@@ -88,9 +94,10 @@ def open_storage(
             is handled during the wait.
 
     Raises:
-        StorageError: the URL is not usable, nobody serves it, the database is missing
-            (``read_only``), is locked for longer than :data:`LOCK_TIMEOUT_SECONDS`, belongs to
-            another program or to another version of Optuna, or its driver is not installed.
+        StorageError: the URL is not usable, nobody serves it (:class:`StorageAwayError`), the
+            database is missing (``read_only``), is locked for longer than
+            :data:`LOCK_TIMEOUT_SECONDS`, belongs to another program or to another version of
+            Optuna, or its driver is not installed.
     """
     parsed = check_url(url)
     if is_grpc(url):
@@ -469,12 +476,17 @@ def _lost_creation_race(error: BaseException) -> bool:
 
 
 def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageError:
+    from sqlalchemy.exc import OperationalError
+
     cause = error.__cause__ if error.__cause__ is not None else error
     reason = (str(getattr(cause, "orig", cause)).strip() or type(cause).__name__).splitlines()[0]
     missing = any(word in reason for word in ("does not exist", "doesn't exist", "no such table"))
     if not create and missing:
         return EmptyStorageError(f"{place} holds no sweep yet ({reason}); start one there first")
-    return StorageError(
+    refused = ("authentication", "password", "pg_hba", "does not exist", "not known")
+    lost = any(isinstance(e, OperationalError) for e in (error, cause))
+    away = lost and not any(word in reason for word in refused)
+    return (StorageAwayError if away else StorageError)(
         f"cannot open {place} ({reason}); check the address, the account and the network"
     )
 

@@ -27,7 +27,7 @@ from optuna.storages import GrpcStorageProxy
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.client import GrpcClientCache
 
-from storage.engine import StorageError, grpc_address
+from storage.engine import StorageAwayError, StorageError, grpc_address
 from storage.retries import stop_overdue
 from storage.trial_table import Candidate, RunningTrial
 
@@ -158,7 +158,8 @@ class RemoteStorage(GrpcStorageProxy):
         """Ask the server who it is, and note its ``store_id``.
 
         Raises:
-            StorageError: it does not answer, is no `sweep serve`, or one of another version.
+            StorageError: it does not answer (:class:`storage.engine.StorageAwayError`), is no
+                `sweep serve`, or one of another version.
         """
         place = f"grpc://{self._host}:{self._port}"
         ask = self._limited(self._json("unary_unary", "hello"), writes=False, seconds=HELLO_SECONDS)
@@ -170,7 +171,7 @@ class RemoteStorage(GrpcStorageProxy):
                     f"{place} is an Optuna storage proxy that cannot hand out trials exactly once; "
                     "run sweep serve there instead"
                 ) from error
-            raise StorageError(
+            raise (StorageAwayError if error.transient else StorageError)(
                 f"nothing answers at {place} ({error}); run sweep serve on the machine that has "
                 "the store, or check address and tunnel"
             ) from error

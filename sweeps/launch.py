@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from types import TracebackType
 from typing import Protocol
 
 MAX_RESTARTS = 3
-"""How often a worker that was killed is started again."""
+"""How often in a row a worker that was killed soon after its start is started again."""
+
+HEALTHY_SECONDS = 60.0
+"""A worker that has lived for longer did not die of its start: its restarts count from 0 again."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,25 @@ def plan_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
     devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(count)]
     share = max(1, cores // count)
     return [Slot(device, share if gpus else min(threads, share)) for device in devices]
+
+
+class Restarts:
+    """Whether a worker that was killed is started again, for each of `count` workers."""
+
+    def __init__(self, count: int) -> None:
+        self._in_a_row = [0] * count
+        self._started = [0.0] * count
+
+    def note_start(self, index: int) -> None:
+        """A worker starts now."""
+        self._started[index] = time.monotonic()
+
+    def again(self, index: int) -> bool:
+        """Whether to start it again, which counts; at most :data:`MAX_RESTARTS` in a row."""
+        if time.monotonic() - self._started[index] > HEALTHY_SECONDS:
+            self._in_a_row[index] = 0
+        self._in_a_row[index] += 1
+        return self._in_a_row[index] <= MAX_RESTARTS
 
 
 class Workers(Protocol):
@@ -171,7 +194,7 @@ class LocalWorkers:
         self._say = say
         self._processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
-        self._restarts = [0] * len(self._slots)
+        self._restarts = Restarts(len(self._slots))
         self._stopping = False
 
     def __enter__(self) -> LocalWorkers:
@@ -191,8 +214,7 @@ class LocalWorkers:
             code = process.poll()
             if code is None or code >= 0 or self._stopping:
                 continue
-            if self._restarts[index] < MAX_RESTARTS:
-                self._restarts[index] += 1
+            if self._restarts.again(index):
                 name = signal.Signals(-code).name
                 self._say(
                     f"worker {index} was ended by {name}; its trial goes back to the queue and "
@@ -219,6 +241,7 @@ class LocalWorkers:
     def _start(self, index: int) -> subprocess.Popen[str]:
         slot = self._slots[index]
         threads = str(slot.threads)
+        self._restarts.note_start(index)
         # -P: a folder called `data` or `models` in the current directory is not ours.
         process = subprocess.Popen(
             [

@@ -30,7 +30,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sweeps.errors import SweepError
-from sweeps.launch import MAX_RESTARTS, Slot, Workers
+from sweeps.launch import MAX_RESTARTS, Restarts, Slot, Workers
 
 PACKAGES = ("sweep", "torch", "optuna")
 """What has to be of one version on all nodes."""
@@ -256,7 +256,7 @@ class RayWorkers:
         self._runs: list[Any] = []
         self._placed: list[Any] = []
         self._codes: list[int | None] = [None] * len(self._slots)
-        self._restarts = [0] * len(self._slots)
+        self._restarts = Restarts(len(self._slots))
         self._stopping = False
         self._stdout = contextlib.redirect_stdout(sys.stderr)
 
@@ -292,8 +292,7 @@ class RayWorkers:
             if self._codes[index] is not None:
                 continue
             ended = self._ended(index)
-            if ended.code < 0 and not self._stopping and self._restarts[index] < MAX_RESTARTS:
-                self._restarts[index] += 1
+            if ended.code < 0 and not self._stopping and self._restarts.again(index):
                 self._say(
                     f"worker {index} was ended by {ended.reason}; its trial goes back to the "
                     "queue and the worker starts again"
@@ -332,6 +331,7 @@ class RayWorkers:
 
     def _run(self, index: int) -> Any:
         slot = self._slots[index]
+        self._restarts.note_start(index)
         command = [*self._command, "--device", slot.device, "--threads", str(slot.threads)]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(slot.threads))
         return self._actors[index].run.remote(command, {**self._variables, **threads}, installed())

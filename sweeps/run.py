@@ -250,21 +250,24 @@ def run_worker(
 
     Raises:
         SweepError: the sweep is not in the store, the device is not there, or its trials fail.
-        StorageError: the store cannot be used.
+        StorageError: the store cannot be used. One whose server is away is waited for.
         DataError: the data set is missing or broken.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen = _device(device)
     prepare_process(chosen, threads or torch.get_num_threads())
-    store = open_storage(storage_url, lock_seconds=LOCK_SECONDS)
     options = WorkerOptions(
         worker_id=new_worker_id(str(chosen)),
         device=chosen,
         lease_seconds=lease_seconds,
         data_dir=data_dir,
     )
-    checkpoints = CheckpointStore(default_checkpoint_dir(own_url(store, storage_url)))
     with patience(_place(storage_url), stop.is_set):
+        try:
+            store = with_retries(lambda: open_storage(storage_url, lock_seconds=LOCK_SECONDS))
+        except StopRequestedError:
+            return
+        checkpoints = CheckpointStore(default_checkpoint_dir(own_url(store, storage_url)))
         try:
             Worker(store, checkpoints, name, options, stop).run()
         except Exception as error:

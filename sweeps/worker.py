@@ -483,7 +483,7 @@ class _Reporter:
         self._spent = spent
         self._prune = prune
         self._last_step = last_step
-        self._reported = set(trial._cached_frozen_trial.intermediate_values)
+        self._reported = trial._cached_frozen_trial.last_step or 0
         self._curves: dict[str, list[float]] = {}
         self.last_score: float | None = None
 
@@ -499,12 +499,14 @@ class _Reporter:
         }.items():
             self._curves.setdefault(name, []).append(float(f"{point:.6g}"))
         self.last_score = progress.score
-        if progress.step in self._reported:
+        if progress.step < self._reported:
             return
-        if not self._write(progress.step, progress.score, self._curves):
-            raise Interrupted
-        # As `Trial.report` does: it is what the pruner sees.
-        self._trial._cached_frozen_trial.intermediate_values[progress.step] = progress.score
+        if progress.step > self._reported:
+            if not self._write(progress.step, progress.score, self._curves):
+                raise Interrupted
+            # As `Trial.report` does: it is what the pruner sees.
+            self._trial._cached_frozen_trial.intermediate_values[progress.step] = progress.score
+        # Asked again for the last step of an attempt that ended: it may have ended in between.
         if progress.step == self._last_step:
             return
         if self._prune and with_retries(self._trial.should_prune):

@@ -138,6 +138,22 @@ def test_server_that_is_killed_and_started_again_loses_nothing(tmp_path: Path) -
         assert sorted(trial.intermediate_values) == list(range(1, EPOCHS + 1))
 
 
+def test_worker_that_starts_before_its_server_waits_for_it(tmp_path: Path) -> None:
+    begin(tmp_path, make_spec(budget={"trials": 1}))
+    with serve(tmp_path) as server:
+        port = port_of(server)
+    with start_worker(tmp_path, port) as patient, start_worker(tmp_path, port) as stopped:
+        for worker in (patient, stopped):
+            worker.line(f"the store at grpc://127.0.0.1:{port} does not answer")
+        stopped.process.send_signal(signal.SIGINT)
+        assert stopped.process.wait(30) == 130
+        with serve(tmp_path, port):
+            patient.line("answers again")
+            assert patient.end() == 0, patient.output
+    assert "Traceback" not in patient.output + stopped.output
+    assert [t.state for t in trials(tmp_path)] == [TrialState.COMPLETE]
+
+
 def test_stop_request_ends_a_worker_whose_server_hangs(tmp_path: Path) -> None:
     begin(tmp_path, make_spec(train={"epochs": EPOCHS}, budget={"trials": 1}))
     with serve(tmp_path) as server, start_worker(tmp_path, port_of(server)) as worker:

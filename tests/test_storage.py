@@ -21,7 +21,7 @@ from helpers import PROCESSES, together
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from storage.engine import StorageError, open_storage, sql_engine, sqlite_path
+from storage.engine import StorageAwayError, StorageError, open_storage, sql_engine, sqlite_path
 from storage.retries import is_transient, with_retries
 from storage.trials import TrialQueue
 
@@ -258,6 +258,9 @@ def test_unreachable_server_is_named_without_its_password() -> None:
     answer = message("postgresql+psycopg://me:secret@127.0.0.1:1/name")
     assert "127.0.0.1" in answer
     assert "secret" not in answer
+    with pytest.raises(StorageAwayError) as away:
+        open_storage("postgresql+psycopg://me:secret@127.0.0.1:1/name")
+    assert is_transient(away.value)
 
 
 def test_storage_without_a_database_cannot_be_claimed_from() -> None:

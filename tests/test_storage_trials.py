@@ -21,12 +21,12 @@ import optuna
 import pytest
 from helpers import PROCESSES, Command, begin_at, make_spec, stop_postgres, together, wait_until
 from optuna.trial import TrialState
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from storage.engine import StorageError, open_storage, sql_engine
 from storage.leases import LEASE_ATTR
-from storage.retries import with_retries
+from storage.retries import is_transient, with_retries
 from storage.trial_table import TrialTable
 from storage.trials import Claim, LeaseLostError, TrialQueue, enqueue
 
@@ -811,18 +811,28 @@ def test_worker_outlives_a_restart_of_its_database(
     with Command("worker", "tiny", "--storage", url, "--threads", "1", cwd=tmp_path) as worker:
         wait_until(lambda: any((t.last_step or 0) >= 2 for t in store.get_all_trials(study_id)))
         stop_postgres(postgres_server, signal.SIGINT)
-        try:
-            worker.line("does not answer")
-        finally:
-            postgres_server.ensure_postgres_running()
-        worker.line("answers again")
-        assert worker.end() == 0, worker.output
-        assert worker.output.count("does not answer") == 1
+        with Command("worker", "tiny", "--storage", url, "--threads", "1", cwd=tmp_path) as late:
+            try:
+                for waiting in (worker, late):
+                    waiting.line("does not answer")
+            finally:
+                postgres_server.ensure_postgres_running()
+            for waiting in (worker, late):
+                waiting.line("answers again")
+                assert waiting.end() == 0, waiting.output
+                assert waiting.output.count("does not answer") == 1
         done = open_storage(url).get_all_trials(study_id)
     assert [trial.state for trial in done] == [TrialState.COMPLETE] * 2
     for trial in done:
         assert sorted(trial.intermediate_values) == list(range(1, 41))
         assert trial.system_attrs[LEASE_ATTR]["attempt"] == 1
+
+
+def test_a_database_that_is_not_there_is_not_waited_for(postgres: Callable[[], str]) -> None:
+    missing = make_url(postgres()).set(database="nobody_made_it")
+    with pytest.raises(StorageError, match="nobody_made_it") as refusal:
+        open_storage(missing.render_as_string(hide_password=False))
+    assert not is_transient(refusal.value)
 
 
 # --- small things -------------------------------------------------------------------------------

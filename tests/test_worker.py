@@ -1,5 +1,7 @@
 """The pull loop in one process: what it claims, reports and tells, and what it survives."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import begin, make_spec, make_worker, trials, url, wait_until
+from helpers import begin, environment, make_spec, make_worker, trials, url, wait_until
 from optuna.trial import TrialState
 
 from storage.engine import open_storage
@@ -211,6 +213,32 @@ def test_the_pruner_is_asked(tmp_path: Path) -> None:
         assert trial.user_attrs["outcome"] == "pruned"
         assert trial.last_step == 2
         assert trial.value == trial.intermediate_values[2]
+
+
+DIES_BEFORE_THE_QUESTION = """
+import os
+import optuna
+from sweeps.cli import main
+asked = []
+optuna.Trial.should_prune = lambda self: os._exit(9) if len(asked) == 1 else asked.append(self)
+main()
+"""
+
+
+def test_a_worker_that_died_between_report_and_question_leaves_the_question(tmp_path: Path) -> None:
+    pruner = {"type": "ThresholdPruner", "lower": 0.999, "n_warmup_steps": 2}
+    begin(tmp_path, make_spec(train={"epochs": 4}, pruner=pruner, budget={"trials": 1}))
+    died = subprocess.run(
+        [sys.executable, "-c", DIES_BEFORE_THE_QUESTION, "worker", "tiny", "--threads", "1"],
+        cwd=tmp_path, env={**environment(), "SWEEP_CHECKPOINT_DIR": str(tmp_path / "checkpoints")},
+        check=False,
+    )  # fmt: skip
+    assert died.returncode == 9
+    (trial,) = trials(tmp_path)
+    assert (trial.state, trial.last_step) == (TrialState.RUNNING, 2)
+    make_worker(tmp_path).run()
+    (trial,) = trials(tmp_path)
+    assert (trial.state, trial.last_step) == (TrialState.PRUNED, 2)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: Any) -> None:

@@ -8,8 +8,8 @@ disturbance in ten hits any worker, the others one that has completed an epoch: 
 first seconds go into imports, workers killed there would never begin, and a trial whose workers
 die three times without an epoch between is told as failed, by design. Beside it, whenever the
 server between workers and store, or the database's postmaster, has been up for ten seconds, it
-gets SIGKILL and is started again. Workers that end are started again; those that a dead server
-kept from starting end with status 1. What must come out: the budget exactly, every trial's
+gets SIGKILL and is started again. Workers that end are started again; those that find no server
+wait for it. What must come out: the budget exactly, every trial's
 parameters and curve equal to those of a run nobody disturbed, no trial left running, no parameters
 run twice, a store that is whole, and nothing to do for another `sweep start`.
 
