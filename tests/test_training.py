@@ -15,7 +15,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from data.batches import DeviceBatches
 from models import build_model, parameter_groups
-from sweeps.training.loop import Diverged, EpochResult, Interrupted, Training, evaluate
+from sweeps.config import TrialConfig
+from sweeps.objective import Objective, open_dataset
+from sweeps.training.loop import (
+    Diverged,
+    EpochResult,
+    Evaluation,
+    Interrupted,
+    Training,
+    evaluate,
+)
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
 from sweeps.training.schedule import Schedule
 
@@ -287,9 +296,25 @@ def test_a_dead_network_is_dead_after_a_resume_too() -> None:
         next(again.run())
 
 
+def test_fixup_that_is_slow_to_leave_its_constant_guess_is_not_dead() -> None:
+    """It ends above 60 %; its first epochs name one class at the loss of a guess."""
+    config = TrialConfig(
+        dataset="digits", noise_std=1.0, augment="none", model="resnet8", width_factor=0.125,
+        norm="fixup", num_devices=10, split="classes", classes_per_device=2, assignment="pairs",
+        global_batch_size=160, epochs=5, peak_lr=0.1, schedule="constant",
+        validation_fraction=0.2,
+    )  # fmt: skip
+    heard: list[EpochResult] = []
+    objective = Objective(open_dataset(config, None), torch.device("cpu"))
+    objective.run(config, seeds=1, on_epoch=lambda progress: heard.append(progress.result))
+    assert [r.predicted_classes for r in heard[:3]] == [1, 1, 1]
+    assert all(abs(r.train_loss - math.log(10)) < 1e-2 for r in heard[:3])
+    assert len(heard) == 5
+
+
 def test_a_validation_loss_that_is_not_finite_ends_it() -> None:
     run, _ = training(3)
-    run._evaluate = lambda: (math.nan, 0.1, 1)
+    run._evaluate = lambda: Evaluation(math.nan, 0.1, 1, 0.0)
     with pytest.raises(Diverged, match="validation loss is not finite"):
         next(run.run())
 
@@ -297,7 +322,7 @@ def test_a_validation_loss_that_is_not_finite_ends_it() -> None:
 def test_a_network_that_only_ranks_badly_is_not_dead() -> None:
     """Validation at chance with a falling training loss: Batch Normalization on label skew."""
     run, _ = training(6)
-    run._evaluate = lambda: (2.3, 0.1, 1)
+    run._evaluate = lambda: Evaluation(2.3, 0.1, 1, 0.0)
     assert len(list(run.run())) == 6
 
 
@@ -315,9 +340,10 @@ def test_evaluation_is_exact_and_leaves_the_model_in_training_mode() -> None:
     model = nn.Linear(4, 3)
     images = torch.randn(7, 4)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    loss, accuracy, classes = evaluate(model, [images[:5], images[5:]], labels)
+    loss, accuracy, classes, logit_range = evaluate(model, [images[:5], images[5:]], labels)
     logits = model(images)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item())
     assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert classes == logits.argmax(1).unique().numel()
+    assert logit_range == max((logits[:, c].max() - logits[:, c].min()).item() for c in range(3))
     assert model.training

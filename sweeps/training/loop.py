@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ class EpochResult:
         lr: learning rate of the weights in the epoch's last update.
         seconds: wall-clock time of the epoch, validation included.
         images_per_second: training images over the time that training took.
+        logit_range: how far a logit lies apart between validation images, at most over classes.
     """
 
     epoch: int
@@ -75,6 +76,7 @@ class EpochResult:
     lr: float
     seconds: float
     images_per_second: float
+    logit_range: float = 0.0  # not in checkpoints of earlier versions
 
 
 class Algorithm(Protocol):
@@ -108,7 +110,8 @@ class Training:
         untrained_loss: cross-entropy of equal guesses, ln(classes). An exploded loss is far
             above it.
         least_loss: cross-entropy of perfect answers: 0, or more where labels are smoothed.
-        dead_epochs: consecutive epochs at the guess's loss, all predictions alike, that end the
+        dead_epochs: consecutive epochs at the guess's loss, all predictions alike and coming no
+            further apart, that end the
             training.
         should_stop: asked between two updates.
     """
@@ -118,7 +121,7 @@ class Training:
         *,
         algorithm: Algorithm,
         batches: Batches,
-        evaluate: Callable[[], tuple[float, float, int]],
+        evaluate: Callable[[], Evaluation],
         schedule: Schedule,
         epochs: int,
         guess_loss: float,
@@ -148,8 +151,9 @@ class Training:
 
         Raises:
             Diverged: a loss was not finite or exploded (raised within the epoch), or the
-                network is dead: its loss sat at a constant guess's with all predictions alike
-                for `dead_epochs` epochs past the warmup (raised after the epoch was yielded).
+                network is dead: its loss sat at a constant guess's with all predictions alike,
+                and came no nearer to telling images apart, for `dead_epochs` epochs past the
+                warmup (raised after the epoch was yielded).
             Interrupted: `should_stop` said so; the running epoch is lost.
         """
         # A training that was stopped right after the epoch that showed it dead is still dead.
@@ -197,7 +201,7 @@ class Training:
         self._raise_if_exploded(largest, epoch, update)
         train_loss = total.item() / images
         trained = time.perf_counter()
-        val_loss, val_accuracy, predicted_classes = self._evaluate()
+        val_loss, val_accuracy, predicted_classes, logit_range = self._evaluate()
         if not math.isfinite(val_loss):
             raise Diverged(f"validation loss is not finite after update {update}", epoch)
         self._schedule.end_epoch(first, val_accuracy)
@@ -211,6 +215,7 @@ class Training:
             lr=lr,
             seconds=finished - started,
             images_per_second=images / (trained - started),
+            logit_range=logit_range,
         )
 
     def _raise_if_exploded(self, largest: Tensor, epoch: int, update: int) -> None:
@@ -223,14 +228,26 @@ class Training:
     def _raise_if_dead(self) -> None:
         warmup_epochs = math.ceil(self._schedule.warmup_updates / self._batches.updates_per_epoch)
         recent = self.history[warmup_epochs:][-self._dead_epochs :]
-        if len(recent) == self._dead_epochs and all(
-            r.predicted_classes == 1 and r.train_loss >= self._dead_loss for r in recent
-        ):
+        if len(recent) < self._dead_epochs:
+            return
+        alike = all(r.predicted_classes == 1 and r.train_loss >= self._dead_loss for r in recent)
+        # Fixup begins as a constant guess. At a low rate it takes many epochs to leave it, in which
+        # its logits come apart all the time; those of a dead network do not.
+        if alike and recent[-1].logit_range <= recent[0].logit_range:
             raise Diverged(
                 f"network is dead: loss {recent[-1].train_loss:.3f} is a constant guess's, "
                 f"all predictions alike for {self._dead_epochs} epochs",
                 len(self.history),
             )
+
+
+class Evaluation(NamedTuple):
+    """Scores of a model on some images; the fields are as in :class:`EpochResult`."""
+
+    loss: float
+    accuracy: float
+    predicted_classes: int
+    logit_range: float
 
 
 @torch.inference_mode()
@@ -240,7 +257,7 @@ def evaluate(
     labels: Tensor,
     *,
     autocast_dtype: torch.dtype | None = None,
-) -> tuple[float, float, int]:
+) -> Evaluation:
     """Score a model, in evaluation mode; it is left in training mode.
 
     Args:
@@ -250,8 +267,8 @@ def evaluate(
         autocast_dtype: as in training.
 
     Returns:
-        Mean cross-entropy in nats, accuracy from 0 to 1, and the number of classes that the
-        predictions name.
+        Mean cross-entropy in nats, accuracy from 0 to 1, the number of classes that the
+        predictions name, and the widest range of a class's logit over the images.
     """
     model.eval()
     with torch.autocast(
@@ -262,4 +279,6 @@ def evaluate(
     predictions = logits.argmax(1)
     loss = F.cross_entropy(logits, labels).item()
     accuracy = (predictions == labels).double().mean().item()
-    return loss, accuracy, int(torch.bincount(predictions).count_nonzero())
+    logit_range = (logits.amax(0) - logits.amin(0)).max().item()
+    classes = int(torch.bincount(predictions).count_nonzero())
+    return Evaluation(loss, accuracy, classes, logit_range)
