@@ -21,6 +21,7 @@ from models.norms import (
     make_norm,
     single_value_layer,
 )
+from models.own import build_own
 from models.resnet import FEATURE_NORMS, LAYOUTS, MODELS, Layout, ResNet
 
 __all__ = [
@@ -50,7 +51,9 @@ def build_model(
     state is left alone. ``models.resnet`` and ``models.fixup`` name the papers and initialisations.
 
     Args:
-        name: one of ``MODELS``.
+        name: one of ``MODELS``, or ``"module:function"``, see ``models.own``; the latter takes
+            its classifier and width from the user's code, so that ``width_factor`` and
+            ``feature_norm`` are left alone.
         norm: one of ``NORMS``. "batch" keeps statistics per simulated device and needs ``blocks``
             in training; "sync-batch" shares them over the fused batch; "group", "layer" and
             "instance" work within a sample; "fixup" has no normalisation.
@@ -67,11 +70,18 @@ def build_model(
         seed: of the initial weights, 0 to 2**64 - 1.
 
     Raises:
-        ValueError: a name that is not listed, a number out of range, a width that gives no whole
-            number of channels, groups that do not divide them, or images so small that a layer
-            would normalise a single value.
+        ValueError: a name that is not listed or cannot be imported, a number out of range, a width
+            that gives no whole number of channels, groups that do not divide them, or images so
+            small that a layer would normalise a single value.
     """
-    _check_choice("name", name, MODELS)
+    own = ":" in name
+    if not own:
+        _check_choice("name", name, MODELS)
+    elif width_factor != 1 or feature_norm != "none":
+        raise ValueError(
+            f"model={name!r} decides itself on its width and its classifier; leave width_factor "
+            f"({width_factor:g}) and feature_norm ({feature_norm!r}) out"
+        )
     _check_choice("norm", norm, NORMS)
     _check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
     _check_choice("feature_norm", feature_norm, FEATURE_NORMS)
@@ -81,13 +91,25 @@ def build_model(
     _check_at_least("num_devices", num_devices, 1)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} is out of range; accepted: 0 to 2**64 - 1")
-    layout = LAYOUTS[name].scaled(width_factor)
-    check_groups(norm, layout.stage_channels, num_groups)
-    _check_image_size(name, norm, layout, image_size, num_groups)
+    if not own:
+        layout = LAYOUTS[name].scaled(width_factor)
+        check_groups(norm, layout.stage_channels, num_groups)
+        _check_image_size(name, norm, layout, image_size, num_groups)
 
     # torch.manual_seed would reseed the accelerators too, and fork_rng restores none of them here.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
+        if own:
+            return build_own(
+                name,
+                norm=norm,
+                num_classes=num_classes,
+                in_channels=in_channels,
+                image_size=image_size,
+                num_devices=num_devices,
+                num_groups=num_groups,
+                batch_statistics=batch_statistics,
+            )
         if norm == "fixup":
             return FixupResNet(
                 layout,

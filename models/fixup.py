@@ -136,7 +136,8 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The weight and the bias of a model's last linear layer."""
-    return list(model.get_submodule("fc").parameters())
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return list(last.parameters())
 
 
 def _add(x: Tensor, scalar: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class DeviceBatchNorm2d(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    blocks: DeviceBlocks | None = None
+    """Those of the next call, for a network that hands its layers nothing but maps."""
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class DeviceBatchNorm2d(nn.Module):
         return mean, var
 
     def forward(self, x: Tensor, blocks: DeviceBlocks | None = None) -> Tensor:
-        """Normalise ``[B, C, H, W]``; ``blocks`` is needed in training and unused otherwise.
+        """Normalise ``[B, C, H, W]``; ``blocks``, here or before, are needed in training alone.
 
         Raises:
             ValueError: training without ``blocks``.
@@ -92,6 +94,7 @@ class DeviceBatchNorm2d(nn.Module):
         if not self.training:
             mean, var = self.aggregated_statistics()
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        blocks = self.blocks if blocks is None else blocks
         if blocks is None:
             raise ValueError(
                 "norm='batch' needs to know each sample's device in training, got blocks=None; "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class Setting:
         doc: one sentence for people.
         kind: `int`, `float`, `str` or `bool`.
         choices: the accepted names of a `str`.
+        importable: a `str` may also be "module:function", a function of the user's.
         low, high: the accepted range of a number, ends included.
         above: the number must be greater than this.
         word: a word accepted in place of a number ("off", "all").
@@ -43,6 +45,7 @@ class Setting:
     doc: str
     kind: type
     choices: tuple[str, ...] = ()
+    importable: bool = False
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
@@ -52,7 +55,8 @@ class Setting:
     def accepted(self) -> str:
         """Say in words what is accepted."""
         if self.choices:
-            return " | ".join(repr(choice) for choice in self.choices)
+            own = " | 'module:function'" if self.importable else ""
+            return " | ".join(repr(choice) for choice in self.choices) + own
         if self.kind is bool:
             return "true | false"
         number = "a whole number" if self.kind is int else "a number"
@@ -79,6 +83,8 @@ class Setting:
             if not isinstance(value, bool):
                 raise problem
             return value
+        if self.importable and isinstance(value, str) and _IMPORT_PATH.fullmatch(value):
+            return value
         if self.kind is str:
             if not isinstance(value, str) or (self.choices and value not in self.choices):
                 if isinstance(value, str):
@@ -94,6 +100,9 @@ class Setting:
         if self.kind is int and value != int(value):
             raise problem
         return int(value) if self.kind is int else float(value)
+
+
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def _setting(default: Value, doc: str, kind: type, **limits: Any) -> Any:
@@ -164,7 +173,13 @@ class TrialConfig:
     )  # fmt: skip
     crop_padding: int = _setting(4, "Zero pixels a side before the crop.", int, low=1, high=64)
 
-    model: str = _setting("resnet18", "The network.", str, choices=MODELS)
+    model: str = _setting(
+        "resnet18",
+        "The network: one of Sweep's, or a function of your own that builds one.",
+        str,
+        choices=MODELS,
+        importable=True,
+    )
     width_factor: float = _setting(
         1.0, "Scales every layer's channels (ResNet-18 has 64 to 512).", float, above=0, high=8
     )

@@ -5,12 +5,15 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
 from helpers import run, write_spec
+from PIL import Image
 
-from sweeps import search, spec
+from models import build_model
+from sweeps import reference, search, spec
 from sweeps.cli import app
 from sweeps.objective import Objective, open_dataset
 
@@ -18,8 +21,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
+    return [block for kind, block in found if kind == language]
+
+
+def page_text(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
 def shell_lines() -> list[list[str]]:
@@ -34,7 +42,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 PAGE_LINES = [
     (page.name, shlex.split(line.split("#")[0])[1:])
     for page in PAGES
-    for block in re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for block in blocks("", page_text(page.name))
     for line in block.splitlines()
     if line.startswith("sweep ")
 ]
@@ -76,11 +84,72 @@ def test_every_page_is_in_the_readme_and_every_link_leads_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def run_page(name: str, cwd: Path, change: Callable[[str], str] = lambda line: line) -> None:
+    """Run every command of a page, in its order."""
+    lines = [shlex.join(line) for page, line in PAGE_LINES if page == name]
+    assert lines
+    for line in lines:
+        arguments = shlex.split(change(line))
+        target = arguments[arguments.index(">") + 1] if ">" in arguments else None
+        done = run(*(arguments[: arguments.index(">")] if target else arguments), cwd=cwd)
+        assert done.returncode == 0, (line, done.stderr)
+        if target is not None:
+            (cwd / target).write_text(done.stdout, encoding="utf-8")
+
+
+def test_the_commands_of_own_sweep_run(tmp_path: Path) -> None:
+    write_spec(tmp_path / "my-sweep.toml", budget={"trials": 1}, train={"epochs": 1})
+    run_page("own-sweep.md", tmp_path)
+    assert (tmp_path / "other.toml").exists()
+
+
+def test_the_commands_of_own_data_run(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 2)):
+        for name in ("cat", "dog", "newt", "yak"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = noise.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    write_spec(
+        tmp_path / "groupnorm-largebatch.toml", budget={"trials": 1},
+        train={"epochs": 1, "num_devices": 2, "global_batch_size": 8, "model": "resnet8",
+               "validation_fraction": 0.5},
+    )  # fmt: skip
+
+    def small(line: str) -> str:
+        """The same on a small sweep, with the same photos under their other name."""
+        line = line.replace("start groupnorm-largebatch", "start groupnorm-largebatch.toml")
+        return line.replace("image_size=64", "image_size=16").replace("/mnt/photos", "elsewhere")
+
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "photos")
+    run_page("own-data-and-model.md", tmp_path, small)
+
+
+def test_the_network_of_ones_own_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_text("own-data-and-model.md")
+    (code,), (text,) = blocks("python", page), blocks("toml", page)
+    (tmp_path / "my_networks.py").write_text(code, encoding="utf-8")
+    (tmp_path / "own.toml").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = spec.load(str(tmp_path / "own.toml"))
+    config = made.config({}, made.lowest_params())
+    model = build_model(
+        config.model, norm=config.norm, num_groups=config.num_groups, num_classes=10, seed=0
+    )
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_reference_is_that_of_the_code() -> None:
+    assert page_text("toml.md") == reference.markdown(), "python -m sweeps.reference > docs/toml.md"
+
+
 def test_the_postgresql_pages_commands_run(tmp_path: Path, postgres: Callable[[], str]) -> None:
     """Everything but the dashboard, which does not end by itself."""
     server, moved = postgres(), postgres()
     write_spec(tmp_path / "my-sweep.toml", budget={"trials": 2}, train={"epochs": 1})
-    page = (ROOT / "docs" / "postgresql.md").read_text(encoding="utf-8")
+    page = page_text("postgresql.md")
     lines = re.findall(r"^sweep (.*)$", page, flags=re.M)
     assert {line.split()[0] for line in lines} >= {"start", "worker", "export", "import"}
     local = f"sqlite:///{tmp_path / 'sweep.db'}"
@@ -107,8 +176,9 @@ def test_every_command_is_in_the_readme() -> None:
     assert named == set(group.commands)  # type: ignore[attr-defined]
 
 
-def test_the_readmes_sweep_is_sound(tmp_path: Path) -> None:
-    (text,) = blocks("toml")
+@pytest.mark.parametrize("text", [README, page_text("own-sweep.md")], ids=["README", "own-sweep"])
+def test_the_example_of_a_sweep_is_sound(tmp_path: Path, text: str) -> None:
+    (text,) = blocks("toml", text)
     (tmp_path / "my-sweep.toml").write_text(text, encoding="utf-8")
     made = spec.load(str(tmp_path / "my-sweep.toml"))
     search.check(made)

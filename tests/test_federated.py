@@ -627,6 +627,7 @@ def test_virtual_features_by_hand() -> None:
         model, parameter_groups(model), SGDSettings(momentum=0.0, weight_decay=0.0),
         FederatedSettings(local_steps=3, virtual_features=1.0), num_devices=2,
         class_counts=[[2, 0], [0, 2]],
+        classifier=classifier_parameters(model),
     )  # fmt: skip
     images = torch.tensor([1.0, -2.0, 3.0, -4.0], dtype=torch.float64).view(4, 1, 1, 1)
     batch = Local(images, torch.tensor([0, 1, 0, 1]), ((None, 2),))
@@ -656,6 +657,7 @@ def test_virtual_features_stand_for_draws_from_a_normal_distribution() -> None:
     algorithm = FederatedAveraging(
         model, parameter_groups(model), LOCAL, FederatedSettings(virtual_features=1.0),
         num_devices=1, class_counts=[[1] * CLASSES],
+        classifier=classifier_parameters(model),
     )  # fmt: skip
     images = torch.randn(40, 6, 1, 1, generator=generator, dtype=torch.float64)
     labels = torch.arange(40) % CLASSES
@@ -680,7 +682,7 @@ def test_devices_that_hold_all_classes_alike_need_no_virtual_features() -> None:
             FederatedAveraging(
                 model, parameter_groups(model), LOCAL,
                 FederatedSettings(local_steps=2, virtual_features=factor), num_devices=D,
-                class_counts=[[4, 2, 2, 2, 6]] * D,
+                class_counts=[[4, 2, 2, 2, 6]] * D, classifier=classifier_parameters(model),
             )
         )  # fmt: skip
     for u, batch in enumerate(batches):
@@ -698,6 +700,7 @@ def test_virtual_features_need_every_devices_classes(counts: list[list[int]] | N
         FederatedAveraging(
             model, parameter_groups(model), LOCAL, FederatedSettings(virtual_features=1.0),
             num_devices=D, class_counts=counts,
+            classifier=classifier_parameters(model),
         )  # fmt: skip
 
 

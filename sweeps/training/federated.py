@@ -227,7 +227,9 @@ class FederatedAveraging:
         self._variates = self._fresh_variates()
         self._virtual: dict[str, Tensor] = {}
         if federated.virtual_features:
-            weight = self._global["fc.weight"]
+            if len(self._classifier) != 2:
+                raise ValueError("virtual features need the classifier: its weight and its bias")
+            weight = self._global[self._head("weight")]
             self._virtual = _fresh_statistics(weight)
             self._virtual_shares = _virtual_shares(
                 class_counts, image_counts or [1] * num_devices, weight
@@ -378,13 +380,17 @@ class FederatedAveraging:
                 self._buffers[name].index_copy_(0, self._participants, rows)
         return losses
 
+    def _head(self, parameter: str) -> str:
+        """The name of the classifier's weight or bias."""
+        (found,) = (n for n in self._classifier if n.rpartition(".")[2] == parameter)
+        return found
+
     @torch.no_grad()
     def _survey(self, batch: DeviceBatch) -> None:
         """Take the statistics of the features that the server's weights give a batch."""
         classifier_inputs: list[Tensor] = []
-        hook = self._model.get_submodule("fc").register_forward_pre_hook(
-            lambda _, args: classifier_inputs.append(args[0])
-        )
+        head = self._model.get_submodule(self._head("weight").rpartition(".")[0])
+        hook = head.register_forward_pre_hook(lambda _, args: classifier_inputs.append(args[0]))
         # The pass of the same images that trains is the one to change running statistics.
         buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         try:
@@ -410,7 +416,8 @@ class FederatedAveraging:
 
     def _virtual_losses(self) -> Tensor:
         """Each participant's Σ_k v_dk·ℓ_k, [m]."""
-        weight, bias = self._local["fc.weight"], self._local["fc.bias"]  # [m, C, F], [m, C]
+        # [m, C, F], [m, C]
+        weight, bias = self._local[self._head("weight")], self._local[self._head("bias")]
         q = weight @ self._virtual["covariance"] @ weight.mT
         diagonal = q.diagonal(dim1=1, dim2=2)
         spread = diagonal.unsqueeze(1) - 2 * q + diagonal.unsqueeze(2)
