@@ -78,9 +78,10 @@ class EpochResult:
 
 
 class Algorithm(Protocol):
-    """What `sweeps.training.rounds` offers: one round, and its state."""
+    """What `sweeps.training.rounds` offers: one round, its network, and its state."""
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor: ...  # noqa: D102
+    def global_model(self) -> nn.Module: ...  # noqa: D102
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
 
@@ -159,6 +160,10 @@ class Training:
             self.history.append(result)
             yield result
             self._raise_if_dead()
+
+    def global_model(self) -> nn.Module:
+        """The network that the epochs so far have trained, to be evaluated."""
+        return self._algorithm.global_model()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epoch depends on, as tensors and plain values."""
