@@ -13,7 +13,6 @@ seeds it adds, and a second time it does nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from sweeps.run import (
     print_edits,
     run_to_end,
 )
-from sweeps.spec import CONFIRMATION, Budget, Range, SweepSpec
+from sweeps.spec import CONFIRMATION, Range, SweepSpec
 from sweeps.status import StudyStatus, SweepStatus, TrialStatus, read_status
 from sweeps.studies import (
     LABEL,
@@ -343,13 +342,11 @@ def _confirmation_of(spec: SweepSpec, settings: Sequence[Settings]) -> SweepSpec
             # Never asked: every setting of every run is given, and all of them run to their end.
             "sampler": {"type": "RandomSampler"},
             "pruner": {"type": "NopPruner"},
-            "budget": dataclasses.asdict(
-                Budget(
-                    trials=1,
-                    seeds=1,
-                    keep_checkpoints="all" if spec.budget.keep_checkpoints == "all" else "none",
-                )
-            ),
+            "budget": {
+                "trials": 1,
+                "seeds": 1,
+                "keep_checkpoints": "all" if spec.budget.keep_checkpoints == "all" else "none",
+            },
         }
     )
 

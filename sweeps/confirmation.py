@@ -533,15 +533,11 @@ def confirmation_notes(confirmation: Confirmation) -> list[str]:
             "was picked by; again: that of these runs. luck: found - confirmed; of it, found - "
             "again is the luck of the seed, the rest is how the test images differ."
         )
-    if confirmation.comparisons:
-        several = confirmation.comparisons > 1
+    if tests := confirmation.comparisons:
+        several = f", by Holm's method for {tests} comparisons" if tests > 1 else ""
         found.append(
             "best is ahead: over the seeds that both have; p of the two-sided paired t test"
-            + (
-                f", by Holm's method for {confirmation.comparisons} comparisons."
-                if several
-                else "."
-            )
+            f"{several}."
         )
     if confirmation.count("diverged"):
         found.append(

@@ -321,9 +321,8 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
         *CONFIRMED_COLUMNS,
     ]  # fmt: skip
     rows = []
-    for confirmation, study in (
-        (f.status.confirmation, s.status) for f in findings for s in f.studies
-    ):
+    found = [(f.status.confirmation, s.status) for f in findings for s in f.studies]
+    for confirmation, study in found:
         for trial in study.trials:
             params: Mapping[str, Value] = trial.params
             rows.append(
