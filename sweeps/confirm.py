@@ -143,14 +143,7 @@ def confirm_sweep(
 
     def create() -> list[Edit]:
         with exclusive(store, storage_url):
-            # Anew: another terminal may have come first.
-            now = _plan(store, name, top, seeds)
-            changed = create_or_resume(store, now.spec, fingerprints)
-            stored = stored_sweep(store, now.spec.name)
-            for study, missing in zip(stored.studies, now.missing, strict=True):
-                for run in missing:
-                    enqueue(store, study.study_id, run.params, user_attrs={LABEL: run.label})
-            return changed
+            return enqueue_runs(store, name, fingerprints, top=top, seeds=seeds)
 
     with patience(place_of(storage_url)):
         changed = with_retries(create)
@@ -164,6 +157,35 @@ def confirm_sweep(
     if status is not None:
         _show(status, storage_url, again, out, print_json)
     return code
+
+
+def enqueue_runs(
+    store: BaseStorage, name: str, fingerprints: Sequence[str], *, top: int, seeds: int
+) -> list[Edit]:
+    """Create or complete the confirmation of a sweep, so that workers find its runs.
+
+    The caller sees to it that one process does this at a time.
+
+    Args:
+        store: where the sweep is.
+        name: the sweep.
+        fingerprints: of the images of each cell, in their order.
+        top: how many of the best settings of each study.
+        seeds: runs of each setting.
+
+    Returns:
+        What differs from the confirmation that is there.
+
+    Raises:
+        SweepError, SpecError: as `confirm_sweep`.
+    """
+    plan = _plan(store, name, top, seeds)
+    changed = create_or_resume(store, plan.spec, fingerprints)
+    stored = stored_sweep(store, plan.spec.name)
+    for study, missing in zip(stored.studies, plan.missing, strict=True):
+        for run in missing:
+            enqueue(store, study.study_id, run.params, user_attrs={LABEL: run.label})
+    return changed
 
 
 def _already_done(store: BaseStorage, plan: _Plan) -> SweepStatus | None:

@@ -128,7 +128,12 @@ class ConfirmedSetting:
 
     @property
     def luck(self) -> float | None:
-        """By how much the accuracy that the sweep found exceeds the confirmed one."""
+        """By how much the sweep's accuracy exceeds that of these runs on the same images."""
+        return None if self.again is None or self.found is None else self.found - self.again
+
+    @property
+    def drop(self) -> float | None:
+        """By how much the sweep's accuracy exceeds the confirmed one."""
         estimate = self.estimate
         return None if estimate is None or self.found is None else self.found - estimate.mean
 
@@ -145,6 +150,7 @@ class ConfirmedSetting:
             "confirmed": dataclasses.asdict(estimate) if estimate else None,
             "again": self.again,
             "luck": self.luck,
+            "drop": self.drop,
             "diverged": self.count("diverged"),
             "failed": self.count("failed"),
             "runs": [dataclasses.asdict(run) for run in self.runs],
@@ -192,6 +198,11 @@ class Confirmation:
             number: the trial's.
         """
         return self.trials.get((_short(study), number))
+
+    @property
+    def on_test(self) -> bool:
+        """Whether the sweep's own trials are scored on the test images."""
+        return any(study.validation == "test" for study in self.studies)
 
     @property
     def comparisons(self) -> int:
@@ -429,10 +440,14 @@ def shown_estimate(setting: ConfirmedSetting) -> str:
     """Mean, interval, and what is missing of it, for one cell of a table."""
     estimate = setting.estimate
     text = f"{estimate.mean:.4f}{_interval(estimate)}" if estimate else "–"
-    told = [f"{setting.count(o)} {o}" for o in ("diverged", "failed") if setting.count(o)]
+    told = _told(setting)
     left = sum(setting.count(outcome) for outcome in ("running", "queued"))
     told += [f"{left} of {len(setting.runs)} to come"] if left else []
     return text + (f" ({', '.join(told)})" if told else "")
+
+
+def _told(setting: ConfirmedSetting) -> list[str]:
+    return [f"{setting.count(o)} {o}" for o in ("diverged", "failed") if setting.count(o)]
 
 
 def _interval(estimate: Estimate) -> str:
@@ -482,9 +497,11 @@ def confirmed_sentence(confirmation: Confirmation, study: str, trial: TrialStatu
     said = f"Confirmed: {estimate.mean:.4f} on the test images, the mean over {count}"
     if estimate.low is not None and estimate.high is not None:
         said += f", 95 % interval {estimate.low:.4f} to {estimate.high:.4f}"
-    if setting.luck is not None and trial.accuracy == setting.found:
-        side = "less" if setting.luck >= 0 else "more"
-        said += f"; {abs(setting.luck):.4f} {side} than the sweep found"
+    if setting.drop is not None and trial.accuracy == setting.found:
+        side = "less" if setting.drop >= 0 else "more"
+        said += f"; {abs(setting.drop):.4f} {side} than the sweep found"
+        if setting.again is not None and not confirmation.on_test:
+            said += f", on whose validation images the same runs reach {setting.again:.4f}"
     parts = [said + "."]
     if setting.count("diverged"):
         of = len(setting.runs)
@@ -512,33 +529,20 @@ def p_text(p: float) -> str:
     return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
-def confirmation_notes(confirmation: Confirmation) -> list[str]:
+def confirmed_notes(confirmation: Confirmation) -> list[str]:
     """What to keep in mind when reading the confirmed accuracies."""
-    seeds = confirmation.seeds
-    on_test = {study.validation for study in confirmation.studies} & {"test"}
     found = [
-        f"confirmed: mean accuracy on the test images after the last epoch, over runs with "
-        f"{_seeds(seeds)}, which {confirmation.confirms} did not use; in brackets its 95 % "
-        "interval by Student's t over seeds, for these test images and this split."
+        f"Confirmed: mean accuracy on the test images after the last epoch, over runs with "
+        f"{_seeds(confirmation.seeds)}, which {confirmation.confirms} did not use; in brackets its "
+        "95\u00a0% interval by Student's t over seeds, for these test images and this split."
     ]
-    if on_test:
+    if confirmation.on_test:
         found.append(
-            "found: the accuracy that the best was picked by. It is on the test images too, so "
-            "these have taken part in the choice, and what is confirmed on them may still read "
-            "too high. luck: found - confirmed."
+            f"{confirmation.confirms} scores its trials on the test images too: they have taken "
+            "part in the choice of the best, and what is confirmed on them may still read too high."
         )
     else:
-        found.append(
-            "Each run scored the test images once. found: the validation accuracy that the best "
-            "was picked by; again: that of these runs. luck: found - confirmed; of it, found - "
-            "again is the luck of the seed, the rest is how the test images differ."
-        )
-    if tests := confirmation.comparisons:
-        several = f", by Holm's method for {tests} comparisons" if tests > 1 else ""
-        found.append(
-            "best is ahead: over the seeds that both have; p of the two-sided paired t test"
-            f"{several}."
-        )
+        found.append("Each run scored the test images once, and no trial did.")
     if confirmation.count("diverged"):
         found.append(
             "A run that diverged counts with the accuracy of a guess, 1 over the classes; with "
@@ -546,6 +550,25 @@ def confirmation_notes(confirmation: Confirmation) -> list[str]:
         )
     if confirmation.count("failed"):
         found.append("A run that failed is left out.")
+    return found
+
+
+def column_notes(confirmation: Confirmation) -> list[str]:
+    """What the columns of `confirmation_rows` are."""
+    found = ["found: the accuracy in the sweep, which the best was picked by."]
+    if confirmation.on_test:
+        found[0] += " luck: found - confirmed."
+    else:
+        found[0] += (
+            " luck: found - what these runs reach on the same validation images. drop: found - "
+            "confirmed; beyond the luck, it is how the test images differ."
+        )
+    if tests := confirmation.comparisons:
+        several = f", by Holm's method for {tests} comparisons" if tests > 1 else ""
+        found.append(
+            "best is ahead: over the seeds that both have; p of the two-sided paired t test"
+            f"{several}."
+        )
     return found
 
 
@@ -559,9 +582,9 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def confirmation_columns(confirmation: Confirmation) -> list[str]:
     """What the table of a confirmation says of each setting."""
-    columns = ["study", "setting", "trial", "runs", "found", "again", "confirmed", "luck"]
-    if all(study.validation == "test" for study in confirmation.studies):
-        columns.remove("again")
+    columns = ["study", "setting", "runs", "found", "confirmed", "luck", "drop"]
+    if confirmation.on_test:  # where they are the same
+        columns.remove("drop")
     if any(s.versus for study in confirmation.studies for s in study.settings):
         columns += ["best is ahead", "p"]
     return columns
@@ -581,15 +604,15 @@ def _cells(study: ConfirmedStudy, setting: ConfirmedSetting) -> dict[str, str]:
     versus, ahead = setting.versus, setting.versus.ahead if setting.versus else None
     ended = sum(run.outcome in OUTCOMES for run in setting.runs)
     of = f" of {len(setting.runs)}" if ended < len(setting.runs) else ""
+    told, estimate = _told(setting), setting.estimate
     return {
         "study": _short(study.name),
-        "setting": setting.setting,
-        "trial": "" if setting.trial is None else f"#{setting.trial}",
-        "runs": f"{ended}{of}",
+        "setting": setting.setting + ("" if setting.trial is None else f" (#{setting.trial})"),
+        "runs": f"{ended}{of}" + (f" ({', '.join(told)})" if told else ""),
         "found": _accuracy(setting.found),
-        "again": _accuracy(setting.again),
-        "confirmed": shown_estimate(setting),
-        "luck": "–" if setting.luck is None else f"{setting.luck:+.4f}",
+        "confirmed": f"{estimate.mean:.4f}{_interval(estimate)}" if estimate else "–",
+        "luck": _signed(setting.luck),
+        "drop": _signed(setting.drop),
         "best is ahead": f"{ahead.mean:+.4f}{_interval(ahead)}" if ahead else "",
         "p": "" if versus is None else "–" if versus.corrected is None
         else p_text(versus.corrected).removeprefix("p = ").removeprefix("p "),
@@ -598,3 +621,7 @@ def _cells(study: ConfirmedStudy, setting: ConfirmedSetting) -> dict[str, str]:
 
 def _accuracy(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}"

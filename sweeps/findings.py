@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sweeps.config import TrialConfig, Value, written
 from sweeps.confirmation import (
     CONFIRMED_COLUMNS,
-    confirmation_notes,
     confirmed_cells,
     confirmed_headline,
+    confirmed_notes,
     confirmed_sentence,
     read_answer,
 )
@@ -273,20 +273,23 @@ def notes(findings: Findings) -> list[str]:
     """What to keep in mind when reading the accuracies."""
     status = findings.status
     found = [answer_note(status)]
+    measured = "was not measured"
+    if status.confirmation:
+        measured = "is what the confirmed intervals say"
     scored = any(study.status.best for study in findings.studies)
     if scored and status.seeds == 1 and any(s.validation_images for s in findings.studies):
         found.append(
             "± is one binomial standard error of the images scored. Each trial trained with one "
-            "seed: how far another seed would move its accuracy was not measured."
+            f"seed: how far another seed would move its accuracy {measured}."
         )
     elif scored and status.seeds == 1:
         found.append(
-            "Each trial trained with one seed: how far another seed would move its accuracy was "
-            "not measured."
+            "Each trial trained with one seed: how far another seed would move its accuracy "
+            f"{measured}."
         )
     selected = (s.status for s in findings.studies if s.status.count("complete") > 1)
     if status.confirmation:
-        found += confirmation_notes(status.confirmation)
+        found += confirmed_notes(status.confirmation)
     elif any(study.validation == "holdout" for study in selected):
         found.append(
             "Unconfirmed: a best trial is chosen by the accuracy that it is reported with, so part "

@@ -10,9 +10,10 @@ from rich.text import Text
 from sweeps.confirmation import (
     UNCONFIRMED,
     Confirmation,
+    column_notes,
     confirmation_columns,
-    confirmation_notes,
     confirmation_rows,
+    confirmed_notes,
     shown_estimate,
 )
 from sweeps.errors import plural
@@ -89,8 +90,8 @@ def answer_note(status: SweepStatus) -> str:
         note += f" Each is the mean over {status.seeds} seeds."
     if status.confirmation:
         note += (
-            " Confirmed are means on the test images over other seeds, with their 95 % interval: "
-            f"sweep status {status.confirmation.name} has more of them."
+            " Confirmed are means on the test images over runs with other seeds, with their "
+            f"95\u00a0% interval; sweep status {status.confirmation.name} says more."
         )
     return note
 
@@ -127,14 +128,16 @@ def _confirmation_table(title: str, confirmation: Confirmation) -> Table:
         title=Text(title, style="table.title"), title_justify="left", caption_justify="left"
     )
     for column in confirmation_columns(confirmation):
-        text = column in ("study", "setting", "confirmed", "best is ahead")
-        fold = column in ("study", "setting")
+        number = column in ("found", "luck", "drop", "p")
         table.add_column(
-            column, justify="left" if text else "right", overflow="fold", no_wrap=not fold
+            column,
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number,
         )
     for best, last, cells in confirmation_rows(confirmation):
         table.add_row(*map(Text, cells), style="bold" if best else None, end_section=last)
-    table.caption = "\n".join(confirmation_notes(confirmation))
+    table.caption = "\n".join([*confirmed_notes(confirmation), *column_notes(confirmation)])
     return table
 
 
