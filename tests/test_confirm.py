@@ -1,6 +1,7 @@
 """`sweep confirm`: fresh seeds, the test images once, the same runs whatever comes between."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -19,16 +20,18 @@ from helpers import (
     make_worker,
     run,
     trials,
+    url,
     wait_until,
-    write_spec,
 )
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from typer.testing import CliRunner
 
 from storage.engine import open_storage
 from storage.leases import LEASE_ATTR
 from storage.trials import TrialQueue
 from sweeps import objective, search
+from sweeps.cli import app
 from sweeps.config import TrialConfig
 from sweeps.confirm import enqueue_runs
 from sweeps.confirmation import Confirmation, read_answer
@@ -39,7 +42,8 @@ from sweeps.page import results_csv, table_markdown
 from sweeps.report import answer_table
 from sweeps.spec import SweepSpec
 from sweeps.status import OUTCOMES
-from sweeps.studies import create_or_resume, stored_names, stored_sweep
+from sweeps.studies import StoredSweep, create_or_resume, stored_names, stored_sweep
+from sweeps.transfer import export_sweep, import_sweep
 
 KNOWN: dict[str, Any] = {"label": "known", "peak_lr": 0.05}
 
@@ -109,7 +113,7 @@ def runs(tmp_path: Path, study: str = "tiny-confirm") -> list[tuple[float, int]]
     return [(params["peak_lr"], params["seed"]) for params in found]
 
 
-def tested(params: dict[str, Any], **changes: Any) -> tuple[float, float]:
+def scored_anew(params: dict[str, Any], **changes: Any) -> tuple[float, float]:
     """Accuracy on the validation and on the test images of a training that nothing stopped."""
     torch.set_num_threads(1)
     config = TrialConfig.build({**TRAIN, **changes, **params})
@@ -122,27 +126,27 @@ def tested(params: dict[str, Any], **changes: Any) -> tuple[float, float]:
 # --- the command --------------------------------------------------------------------------------
 
 
-def test_from_start_to_confirmed(tmp_path: Path) -> None:
-    write_spec(
-        tmp_path / "tiny.toml",
+def test_from_a_sweep_to_its_confirmation(tmp_path: Path) -> None:
+    spec = make_spec(
         train={"epochs": 2},
         budget={"trials": 2, "seeds": 2},
+        workers={"threads": 1},
         **{"try": [KNOWN]},
     )
-    assert run("start", "tiny.toml", cwd=tmp_path).returncode == 0
+    store = begin(tmp_path, spec)
+    make_worker(tmp_path).run()
     before = {t.params["peak_lr"]: t.value for t in trials(tmp_path)}
-    done = run("confirm", "tiny", "--seeds", "2", "--workers", "1", cwd=tmp_path)
+    done = run("confirm", "tiny", "--seeds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "[4/4] tiny-confirm" in done.stderr or "[2/2] tiny-confirm" in done.stderr
+    assert "] tiny-confirm #0  complete" in done.stderr
+    assert "the seeds 2, 3, which tiny did not use" in " ".join(done.stdout.split())
     first = trials(tmp_path, "tiny-confirm")
-    # The sweep trained with the seeds 0 and 1. The best may be the known setting.
-    assert {t.params["seed"] for t in first} == {2, 3}
+    # The best may be the known setting.
     best = max(before, key=lambda lr: before[lr])
     assert {t.params["peak_lr"] for t in first} == {best, KNOWN["peak_lr"]}
-    assert all(t.state == TrialState.COMPLETE for t in first)
     # A run's value is its accuracy on the test images, its curve that on the validation images.
-    for trial in first[:2]:
-        wanted = tested(trial.params, epochs=2)
+    for trial in first:
+        wanted = scored_anew(trial.params, epochs=2)
         assert (trial.intermediate_values[2], trial.value) == wanted
     # Again it adds nothing, and asks for no data set.
     again = run("confirm", "tiny", "--seeds", "2", "--json", "--data-dir", "nowhere", cwd=tmp_path)
@@ -152,8 +156,8 @@ def test_from_start_to_confirmed(tmp_path: Path) -> None:
     assert found["seeds"] == [2, 3]
     (study,) = found["studies"]
     assert study["settings"][0]["best"]
-    assert sum(len(s["runs"]) for s in study["settings"]) == len(first)
     assert study["settings"][0]["found"] == before[best]
+    assert sum(len(s["runs"]) for s in study["settings"]) == len(first)
     assert records(trials(tmp_path, "tiny-confirm")) == records(first)
     # More seeds are exactly the missing runs.
     more = run("confirm", "tiny", "--seeds", "3", cwd=tmp_path)
@@ -162,25 +166,17 @@ def test_from_start_to_confirmed(tmp_path: Path) -> None:
     assert records(grown[: len(first)]) == records(first)
     assert {t.params["seed"] for t in grown[len(first) :]} == {4}
     assert len(grown) == len(first) // 2 * 3
-    assert "the seeds 2 to 4, which tiny did not use" in " ".join(more.stdout.split())
-    # Where the answer is told, it is told as confirmed.
-    for arguments in (["status", "tiny"], ["status", "tiny-confirm"], ["start", "tiny-confirm"]):
-        told = run(*arguments, cwd=tmp_path)
-        assert told.returncode == 0, told.stderr
-        assert "confirmed" in told.stdout
-    assert run("report", "tiny", cwd=tmp_path).returncode == 0
-    rows = list(csv.DictReader((tmp_path / "tiny-report" / "results.csv").open()))
-    by_lr = {float(row["peak_lr"]): row for row in rows}
-    values = [t.value for t in grown if t.params["peak_lr"] == best]
-    assert float(by_lr[best]["confirmed"]) == pytest.approx(sum(v or 0.0 for v in values) / 3)
-    assert by_lr[best]["confirmed_runs"] == "3"
-    # One command at a time reads what it may not be asked for.
-    refused = run("report", "tiny-confirm", cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "sweep report tiny" in refused.stderr
-    refused = run("start", "tiny-confirm", "--add-trials", "1", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "sweep confirm tiny" in refused.stderr
+    values = [t.value or 0.0 for t in grown if t.params["peak_lr"] == best]
+    rows = csv.DictReader(io.StringIO(results_csv([read_findings(store, stored(store))])))
+    (row,) = [row for row in rows if float(row["peak_lr"]) == best]
+    assert float(row["confirmed"]) == pytest.approx(sum(values) / 3)
+    assert row["confirmed_runs"] == "3"
+    # Whoever looks at it is told the same.
+    assert f"{sum(values) / 3:.4f} [" in run("status", "tiny-confirm", cwd=tmp_path).stdout
+
+
+def stored(store: BaseStorage, name: str = "tiny") -> StoredSweep:
+    return stored_sweep(store, name)
 
 
 def records(found: list[FrozenTrial]) -> list[Any]:
@@ -188,7 +184,7 @@ def records(found: list[FrozenTrial]) -> list[Any]:
 
 
 def test_interrupted_and_killed_it_goes_on_with_the_same_runs(tmp_path: Path) -> None:
-    spec = make_spec(train={"epochs": 40})
+    spec = make_spec(train={"epochs": 40}, workers={"threads": 1})
     store = begin(tmp_path, spec)
     for lr, value in ((0.03, 0.5), (0.1, 0.6), (0.2, 0.4)):
         complete(store, spec, lr, value)
@@ -222,30 +218,39 @@ def test_interrupted_and_killed_it_goes_on_with_the_same_runs(tmp_path: Path) ->
     assert [t.state for t in finished] == [TrialState.COMPLETE] * 2
     assert runs(tmp_path) == [(0.1, 1), (0.1, 2)]
     assert finished[0].system_attrs[LEASE_ATTR]["attempt"] >= 2
-    wanted = tested({"peak_lr": 0.1, "seed": 1}, epochs=40)
+    wanted = scored_anew({"peak_lr": 0.1, "seed": 1}, epochs=40)
     assert (finished[0].intermediate_values[40], finished[0].value) == wanted
 
 
-def test_mistakes_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
+def test_mistakes_say_what_to_do(tmp_path: Path) -> None:
     spec = make_spec()
     store = begin(tmp_path, spec)
-    for name, says, code in (
-        ("tiny", "no trial of tiny has completed", 1),
-        ("tni", "no sweep 'tni'; did you mean 'tiny'", 1),
-    ):
-        done = run("confirm", name, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (code, "")
-        assert says in done.stderr.splitlines()[-1]
+
+    def refused(*arguments: str) -> BaseException:
+        result = CliRunner().invoke(app, [*arguments, "--storage", url(tmp_path)])
+        assert result.exception is not None
+        assert not result.stdout
+        return result.exception
+
+    def usage(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [*arguments, "--storage", url(tmp_path)])
+        assert result.exit_code == 2
+        return result.output
+
+    assert "no sweep 'tni'" in str(refused("confirm", "tni"))
+    early = refused("confirm", "tiny")
+    assert isinstance(early, SweepError)
+    assert not isinstance(early, SpecError)
+    assert "no trial of tiny has completed" in str(early)
     complete(store, spec, 0.1, 0.6)
-    for arguments, says in (
-        (("--top", "2"), "--top 2 is more than tiny has: 1 at most"),
-        (("--seeds", "1"), "--seeds"),
-        (("--on", "mars"), "mars"),
-    ):
-        done = run("confirm", "tiny", *arguments, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert says in done.stderr
-        assert "Traceback" not in done.stderr
+    large = refused("confirm", "tiny", "--top", "2")
+    assert isinstance(large, SpecError)
+    assert "--top 2 is more than tiny has: 1 at most" in str(large)
+    assert "--seeds" in usage("confirm", "tiny", "--seeds", "1")
+    assert "mars" in usage("confirm", "tiny", "--on", "mars")
+    confirm(store)
+    assert "sweep report tiny" in str(refused("report", "tiny-confirm"))
+    assert "sweep confirm tiny" in str(refused("start", "tiny-confirm", "--add-trials", "1"))
 
 
 # --- the runs -----------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ def test_a_run_scores_the_test_images_once_and_a_killed_one_leaves_one_record(
     finished = trials(tmp_path, "tiny-confirm")
     assert [t.state for t in finished] == [TrialState.COMPLETE] * 2
     assert [t.value for t in finished] == [
-        tested({"peak_lr": 0.1, "seed": seed}, epochs=2)[1] for seed in (1, 2)
+        scored_anew({"peak_lr": 0.1, "seed": seed}, epochs=2)[1] for seed in (1, 2)
     ]
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
 
@@ -562,20 +567,76 @@ def test_a_confirmation_moves_as_a_sweep_of_its_own(tmp_path: Path) -> None:
     store, _ = known_confirmation(tmp_path)
     told = confirmation(store).as_dict()
     there = f"sqlite:///{tmp_path / 'there.db'}"
-    for name in ("tiny", "tiny-confirm"):
-        assert run("export", name, f"{name}.sweep", cwd=tmp_path).returncode == 0
-        done = run("import", f"{name}.sweep", "--storage", there, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+
+    def bring(name: str, rename: str | None = None) -> None:
+        file = tmp_path / f"{name}.sweep"
+        export_sweep(name, file, url(tmp_path), overwrite=True)
+        import_sweep(file, there, merge=False, rename=rename, say=lambda line: None)
+
+    bring("tiny")
+    bring("tiny-confirm")
     assert confirmation(open_storage(there)).as_dict() == told
     # Under another name it is the confirmation of the sweep of that name.
-    arguments = ("import", "tiny-confirm.sweep", "--storage", there, "--name")
-    refused = run(*arguments, "copy", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "NAME-confirm" in refused.stderr
-    assert run(*arguments, "copy-confirm", cwd=tmp_path).returncode == 0
+    with pytest.raises(SpecError, match="NAME-confirm"):
+        bring("tiny-confirm", "copy")
+    bring("tiny-confirm", "copy-confirm")
     moved = stored_sweep(open_storage(there), "copy-confirm")
     assert moved.spec.confirms == "copy"
     # Without its sweep, its settings have the names that they were run under.
     alone = read_answer(open_storage(there), moved).confirmation
     assert alone is not None
     assert {s.setting for s in alone.studies[0].settings} == {"#0", "known (#1)", "wild (#2)"}
+
+
+def test_two_machines_add_to_one_confirmation(tmp_path: Path) -> None:
+    """One has gone on to more seeds, the other to more settings; merged, all of it counts."""
+    spec = make_spec(train={"epochs": 1})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    complete(store, spec, 0.2, 0.8)
+    confirm(store)
+    there = f"sqlite:///{tmp_path / 'there.db'}"
+
+    def move(name: str, to: str, at: str) -> None:
+        file = tmp_path / f"{name}.sweep"
+        export_sweep(name, file, at, overwrite=True)
+        import_sweep(file, to, merge=True, rename=None, say=lambda line: None)
+
+    for name in ("tiny", "tiny-confirm"):
+        move(name, there, url(tmp_path))
+    other = open_storage(there)
+    confirm(other, seeds=3)
+    finish(other, {(0.1, seed): 0.8 + seed / 100 for seed in (1, 2, 3)})
+    confirm(store, top=2)
+    finish(store, {(lr, s): 0.7 + s / 100 for lr in (0.1, 0.2) for s in (1, 2)})
+    move("tiny-confirm", url(tmp_path), there)
+    found = confirmation(open_storage(url(tmp_path)))
+    counts = [(s.setting, [r.seed for r in s.runs]) for s in found.studies[0].settings]
+    assert counts == [("best", [1, 2, 3]), ("rank 2", [1, 2])]
+    assert found.done
+    # Where both have computed a run, one counts.
+    best = found.studies[0].best
+    assert best is not None
+    assert best.estimate is not None
+    assert best.estimate.count == 3
+    before = len(runs(tmp_path))
+    confirm(open_storage(url(tmp_path)), top=2, seeds=2)
+    assert len(runs(tmp_path)) == before
+
+
+def test_where_nothing_is_searched_each_study_has_its_one_setting(tmp_path: Path) -> None:
+    spec = make_spec(
+        search={}, budget={"trials": 1, "seeds": 3}, train={"norm": None, "epochs": 1},
+        each={"norm": ["group", "fixup"]},
+    )  # fmt: skip
+    store = begin(tmp_path, spec)
+    make_worker(tmp_path).run()
+    confirm(store)
+    make_worker(tmp_path, "tiny-confirm").run()
+    for study in confirmation(store).studies:
+        (only,) = study.settings
+        assert (only.setting, only.trial, dict(only.params)) == ("best", 0, {})
+        assert [run.seed for run in only.runs] == [3, 4]
+        assert only.estimate is not None
+        assert only.estimate.count == 2
+    assert "confirmed" in table_markdown([read_findings(store, stored(store))])
