@@ -315,14 +315,16 @@ def ended_early(study: StudyFindings) -> Mapping[str, int]:
 def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, Any]]]:
     """Every trial of some sweeps, one row each, and the columns that they have.
 
-    A searched setting is a column of its own. The accuracy of a trial that did not complete is
+    A searched setting is a column of its own; where a sweep has a confirmation, what it says of each
+    trial stands in four more. The accuracy of a trial that did not complete is
     that of its last epoch.
     """
     searched = list(dict.fromkeys(name for f in findings for name in f.status.searched))
     columns = [
         "study", "number", "outcome", "label", *searched, "accuracy", "epochs", "seconds", "reason",
-        *CONFIRMED_COLUMNS,
     ]  # fmt: skip
+    confirmed = any(f.status.confirmation for f in findings)
+    columns += CONFIRMED_COLUMNS if confirmed else ()
     rows = []
     found = [(f.status.confirmation, s.status) for f in findings for s in f.studies]
     for confirmation, study in found:
@@ -339,7 +341,9 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
                     "epochs": trial.step,
                     "seconds": trial.seconds,
                     "reason": trial.reason,
-                    **confirmed_cells(confirmation, study.name, trial.number),
+                    **(
+                        confirmed_cells(confirmation, study.name, trial.number) if confirmed else {}
+                    ),
                 }
             )
     return columns, rows
