@@ -315,9 +315,8 @@ def ended_early(study: StudyFindings) -> Mapping[str, int]:
 def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, Any]]]:
     """Every trial of some sweeps, one row each, and the columns that they have.
 
-    A searched setting is a column of its own; where a sweep has a confirmation, what it says of each
-    trial stands in four more. The accuracy of a trial that did not complete is
-    that of its last epoch.
+    A searched setting is a column of its own; where there is a confirmation, four more say what it
+    found of each trial. The accuracy of a trial that did not complete is that of its last epoch.
     """
     searched = list(dict.fromkeys(name for f in findings for name in f.status.searched))
     columns = [
