@@ -553,23 +553,34 @@ def confirmed_notes(confirmation: Confirmation) -> list[str]:
     return found
 
 
-def column_notes(confirmation: Confirmation) -> list[str]:
+def column_note(confirmation: Confirmation) -> str:
     """What the columns of `confirmation_rows` are."""
-    found = ["found: the accuracy in the sweep, which the best was picked by."]
+    found = "found: the accuracy in the sweep, which the best was picked by."
     if confirmation.on_test:
-        found[0] += " luck: found - confirmed."
-    else:
-        found[0] += (
-            " luck: found - what these runs reach on the same validation images. drop: found - "
-            "confirmed; beyond the luck, it is how the test images differ."
-        )
+        return f"{found} luck: found - confirmed."
+    return (
+        f"{found} luck: found - what these runs reach on the same validation images. drop: found - "
+        "confirmed; beyond the luck, it is how the test images differ."
+    )
+
+
+def comparison_lines(confirmation: Confirmation) -> list[str]:
+    """The best of each study against its known settings, one line each, and what the test is."""
+    lines = [
+        f"{_short(study.name)}: best is ahead of {setting.setting} by "
+        f"{versus.ahead.mean:+.4f}{_interval(versus.ahead)}"
+        + (f", {p_text(versus.corrected)}" if versus.corrected is not None else "")
+        for study in confirmation.studies
+        for setting in study.settings
+        if (versus := setting.versus)
+    ]
     if tests := confirmation.comparisons:
-        several = f", by Holm's method for {tests} comparisons" if tests > 1 else ""
-        found.append(
-            "best is ahead: over the seeds that both have; p of the two-sided paired t test"
+        several = f", corrected by Holm's method for {tests} comparisons" if tests > 1 else ""
+        lines.append(
+            "p is that of the two-sided paired t test over the seeds that both settings have"
             f"{several}."
         )
-    return found
+    return lines
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -585,8 +596,6 @@ def confirmation_columns(confirmation: Confirmation) -> list[str]:
     columns = ["study", "setting", "runs", "found", "confirmed", "luck", "drop"]
     if confirmation.on_test:  # where they are the same
         columns.remove("drop")
-    if any(s.versus for study in confirmation.studies for s in study.settings):
-        columns += ["best is ahead", "p"]
     return columns
 
 
@@ -601,7 +610,6 @@ def confirmation_rows(confirmation: Confirmation) -> Iterator[tuple[bool, bool, 
 
 
 def _cells(study: ConfirmedStudy, setting: ConfirmedSetting) -> dict[str, str]:
-    versus, ahead = setting.versus, setting.versus.ahead if setting.versus else None
     ended = sum(run.outcome in OUTCOMES for run in setting.runs)
     of = f" of {len(setting.runs)}" if ended < len(setting.runs) else ""
     told, estimate = _told(setting), setting.estimate
@@ -613,9 +621,6 @@ def _cells(study: ConfirmedStudy, setting: ConfirmedSetting) -> dict[str, str]:
         "confirmed": f"{estimate.mean:.4f}{_interval(estimate)}" if estimate else "–",
         "luck": _signed(setting.luck),
         "drop": _signed(setting.drop),
-        "best is ahead": f"{ahead.mean:+.4f}{_interval(ahead)}" if ahead else "",
-        "p": "" if versus is None else "–" if versus.corrected is None
-        else p_text(versus.corrected).removeprefix("p = ").removeprefix("p "),
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from rich.text import Text
 from sweeps.confirmation import (
     UNCONFIRMED,
     Confirmation,
-    column_notes,
+    column_note,
+    comparison_lines,
     confirmation_columns,
     confirmation_rows,
     confirmed_notes,
@@ -128,16 +129,19 @@ def _confirmation_table(title: str, confirmation: Confirmation) -> Table:
         title=Text(title, style="table.title"), title_justify="left", caption_justify="left"
     )
     for column in confirmation_columns(confirmation):
-        number = column in ("found", "luck", "drop", "p")
+        number = column in ("found", "luck", "drop")
         table.add_column(
             column,
             justify="right" if number else "left",
             overflow="fold",
             no_wrap=number,
+            min_width=len(column),
         )
     for best, last, cells in confirmation_rows(confirmation):
         table.add_row(*map(Text, cells), style="bold" if best else None, end_section=last)
-    table.caption = "\n".join([*confirmed_notes(confirmation), *column_notes(confirmation)])
+    table.caption = "\n".join(
+        [*comparison_lines(confirmation), *confirmed_notes(confirmation), column_note(confirmation)]
+    )
     return table
 
 
