@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from rich.console import Console
 
+    from sweeps.launch import Place
     from sweeps.spec import SweepSpec
     from sweeps.worker import StopRequest
 
@@ -80,6 +82,31 @@ Overrides = Annotated[
 Quick = Annotated[bool, typer.Option("--quick", help="The sweep's small version, for a CPU.")]
 Name = Annotated[str | None, typer.Option("--name", help="Keep the sweep under this name.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
+    ),
+]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="PLACE",
+        help="Where workers run: local, ray, or ray=ADDRESS for a Ray cluster.",
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        metavar="SHARE",
+        show_default=False,
+        help="With --on ray: the share of a GPU that each worker takes, from 0 to 1.",
+    ),
+]
 
 
 @app.command(rich_help_panel="Run")
@@ -88,31 +115,9 @@ def start(
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=1,
-            help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
-        ),
-    ] = None,
-    on: Annotated[
-        str,
-        typer.Option(
-            "--on",
-            metavar="PLACE",
-            help="Where workers run: local, ray, or ray=ADDRESS for a Ray cluster.",
-        ),
-    ] = "local",
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(
-            "--gpus-per-worker",
-            metavar="SHARE",
-            show_default=False,
-            help="With --on ray: the share of a GPU that each worker takes, from 0 to 1.",
-        ),
-    ] = None,
+    workers: Workers = None,
+    on: On = "local",
+    gpus_per_worker: GpusPerWorker = None,
     add_trials: Annotated[
         int | None,
         typer.Option(
@@ -127,12 +132,7 @@ def start(
     data_dir: DataDir = None,
 ) -> None:
     """Run a sweep, or go on with it: create its studies, launch workers, show the answer."""
-    from sweeps.launch import open_place
-
-    try:
-        placed = open_place(on, gpus_per_worker)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    placed = _place(on, gpus_per_worker)
     spec = _load(sweep, storage_url, quick, overrides, name)
     # After the spec, so that a mistake in it shows before PyTorch has loaded.
     with _stderr().status("loading PyTorch and Optuna"):
@@ -143,6 +143,37 @@ def start(
         code = run_sweep(
             spec, storage_url, data_dir=data_dir, workers=workers, place=place,
             add_trials=add_trials or 0, again=shlex.join(again), out=_stdout(), err=_stderr(),
+        )  # fmt: skip
+    raise typer.Exit(code)
+
+
+@app.command(rich_help_panel="Run")
+def confirm(
+    sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
+    top: Annotated[
+        int, typer.Option(min=1, metavar="K", help="How many of the best settings of each study.")
+    ] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=2, max=1000, metavar="S", help="Runs of each, a seed each.")
+    ] = 5,
+    workers: Workers = None,
+    on: On = "local",
+    gpus_per_worker: GpusPerWorker = None,
+    storage_url: Storage = DEFAULT_STORAGE,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Train the best settings, and the known ones, with other seeds; score the test images."""
+    placed = _place(on, gpus_per_worker)
+    with _stderr().status("loading PyTorch and Optuna"):
+        from sweeps.confirm import confirm_sweep
+
+    again = ["sweep", *sys.argv[1:]]
+    with placed as place:
+        code = confirm_sweep(
+            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=workers,
+            place=place, again=shlex.join(again), out=_stdout(), err=_stderr(),
+            print_json=_print_json if as_json else None,
         )  # fmt: skip
     raise typer.Exit(code)
 
@@ -312,14 +343,14 @@ def status(
 ) -> None:
     """Say how far the store's sweeps are, and the best setting of each study."""
     from storage.engine import open_storage
+    from sweeps.confirmation import read_answer
     from sweeps.report import answer_table, disk_line, outcome_lines
-    from sweeps.status import read_status
     from sweeps.studies import shown_url, stored_names, stored_sweep
 
     _quiet_libraries()
     store = open_storage(storage_url, read_only=True)
     sweeps = [stored_sweep(store, name) for name in ([sweep] if sweep else stored_names(store))]
-    statuses = [read_status(store, s) for s in sweeps]
+    statuses = [read_answer(store, s) for s in sweeps]
     if as_json:
         _print_json(statuses[0].as_dict() if sweep else [s.as_dict() for s in statuses])
         return
@@ -356,6 +387,8 @@ def report(
     store = open_storage(storage_url, read_only=True)
     names = list(dict.fromkeys(sweeps))
     found = [stored_sweep(store, name) for name in names]
+    for confirmed in (s.spec.confirms for s in found if s.spec.confirms):
+        raise SweepError(f"a confirmation stands in its sweep's report: sweep report {confirmed}")
     typer.echo(write_report(store, found, folder or default_folder(names)))
 
 
@@ -422,6 +455,16 @@ def main() -> None:
 def _fail(message: object, code: int) -> None:
     print(f"sweep: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _place(on: str, gpus_per_worker: float | None) -> AbstractContextManager[Place]:
+    """Where workers are to run."""
+    from sweeps.launch import open_place
+
+    try:
+        return open_place(on, gpus_per_worker)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _load(

@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import TrialConfig, Value, written
+from sweeps.confirmation import (
+    CONFIRMED_COLUMNS,
+    confirmed_cells,
+    confirmed_headline,
+    confirmed_notes,
+    confirmed_sentence,
+    read_answer,
+)
 from sweeps.progress import describe_params
 from sweeps.report import answer_note, short_name
 from sweeps.spec import SweepSpec
-from sweeps.status import CURVES, OUTCOMES, StudyStatus, SweepStatus, TrialStatus, read_status
+from sweeps.status import CURVES, OUTCOMES, StudyStatus, SweepStatus, TrialStatus
 from sweeps.studies import StoredSweep
 
 if TYPE_CHECKING:
@@ -87,7 +95,7 @@ class Findings:
 
 def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
     """Read a sweep's state, the curves to draw and the importances; writes nothing."""
-    spec, status = sweep.spec, read_status(store, sweep)
+    spec, status = sweep.spec, read_answer(store, sweep)
     seeds = spec.budget.seeds
     studies = []
     for stored, study in zip(sweep.studies, status.studies, strict=True):
@@ -158,7 +166,13 @@ def _importance(
 
 
 def headline(findings: Findings) -> str:
-    """The best accuracies, in one sentence."""
+    """The best accuracies, and what their confirmation has made of them."""
+    said = _best_accuracies(findings)
+    confirmation = findings.status.confirmation
+    return f"{said} {confirmed_headline(confirmation)}" if confirmation else said
+
+
+def _best_accuracies(findings: Findings) -> str:
     best = [(s.name, s.status.best) for s in findings.studies]
     found = [(name, t, t.accuracy) for name, t in best if t and t.accuracy is not None]
     if not found:
@@ -207,10 +221,17 @@ def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
         if searched:
             sentence += f", at {describe_params(best.params)}"
         sentences = [sentence[0].upper() + sentence[1:] + "."]
+        sentences += _confirmed(findings, study, best)
     for trial in study.status.trials:
         if trial.label and trial is not best:
             sentences.append(_known(findings, study, trial))
+            sentences += _confirmed(findings, study, trial)
     return sentences
+
+
+def _confirmed(findings: Findings, study: StudyFindings, trial: TrialStatus) -> list[str]:
+    confirmation = findings.status.confirmation
+    return [confirmed_sentence(confirmation, study.name, trial)] if confirmation else []
 
 
 def _uncertainty(study: StudyFindings, accuracy: float) -> str:
@@ -252,22 +273,27 @@ def notes(findings: Findings) -> list[str]:
     """What to keep in mind when reading the accuracies."""
     status = findings.status
     found = [answer_note(status)]
+    measured = "was not measured"
+    if status.confirmation:
+        measured = "is what the confirmed intervals say"
     scored = any(study.status.best for study in findings.studies)
     if scored and status.seeds == 1 and any(s.validation_images for s in findings.studies):
         found.append(
             "± is one binomial standard error of the images scored. Each trial trained with one "
-            "seed: how far another seed would move its accuracy was not measured."
+            f"seed: how far another seed would move its accuracy {measured}."
         )
     elif scored and status.seeds == 1:
         found.append(
-            "Each trial trained with one seed: how far another seed would move its accuracy was "
-            "not measured."
+            "Each trial trained with one seed: how far another seed would move its accuracy "
+            f"{measured}."
         )
     selected = (s.status for s in findings.studies if s.status.count("complete") > 1)
-    if any(study.validation == "holdout" for study in selected):
+    if status.confirmation:
+        found += confirmed_notes(status.confirmation)
+    elif any(study.validation == "holdout" for study in selected):
         found.append(
-            "A best trial is chosen by the accuracy that it is reported with, so part of its lead "
-            "is luck; fresh seeds would tell how much."
+            "Unconfirmed: a best trial is chosen by the accuracy that it is reported with, so part "
+            f"of its lead is luck; sweep confirm {status.name} tells how much, with fresh seeds."
         )
     return found
 
@@ -289,15 +315,18 @@ def ended_early(study: StudyFindings) -> Mapping[str, int]:
 def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, Any]]]:
     """Every trial of some sweeps, one row each, and the columns that they have.
 
-    A searched setting is a column of its own. The accuracy of a trial that did not complete is
-    that of its last epoch.
+    A searched setting is a column of its own; where there is a confirmation, four more say what it
+    found of each trial. The accuracy of a trial that did not complete is that of its last epoch.
     """
     searched = list(dict.fromkeys(name for f in findings for name in f.status.searched))
     columns = [
         "study", "number", "outcome", "label", *searched, "accuracy", "epochs", "seconds", "reason",
     ]  # fmt: skip
+    confirmed = any(f.status.confirmation for f in findings)
+    columns += CONFIRMED_COLUMNS if confirmed else ()
     rows = []
-    for study in (s.status for f in findings for s in f.studies):
+    found = [(f.status.confirmation, s.status) for f in findings for s in f.studies]
+    for confirmation, study in found:
         for trial in study.trials:
             params: Mapping[str, Value] = trial.params
             rows.append(
@@ -311,6 +340,9 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
                     "epochs": trial.step,
                     "seconds": trial.seconds,
                     "reason": trial.reason,
+                    **(
+                        confirmed_cells(confirmation, study.name, trial.number) if confirmed else {}
+                    ),
                 }
             )
     return columns, rows

@@ -83,6 +83,7 @@ class Objective:
         config: TrialConfig,
         *,
         seeds: int,
+        test: bool = False,
         on_epoch: Callable[[Progress], None],
         should_stop: Callable[[], bool] = lambda: False,
         checkpoints: CheckpointStore | None = None,
@@ -93,6 +94,8 @@ class Objective:
         Args:
             config: what to train; its `seed` is the first.
             seeds: how many trainings.
+            test: whether to score the test images, once, with the weights that the last epoch
+                leaves; of one training only.
             on_epoch: hears of every epoch in order. After a resume it hears again of those that
                 earlier attempts completed. What it raises ends the trial.
             should_stop: asked between two updates.
@@ -100,12 +103,16 @@ class Objective:
             key: the checkpoint's name.
 
         Returns:
-            The final epoch's validation accuracy, 0 to 1, averaged over seeds.
+            The final epoch's validation accuracy, 0 to 1, averaged over seeds; with `test`, the
+            accuracy on the test images.
 
         Raises:
             Diverged: a seed's training did.
             Interrupted: `should_stop` said so; the checkpoint has all completed epochs.
+            ValueError: `test` is asked of several trainings.
         """
+        if test and seeds != 1:
+            raise ValueError(f"seeds is {seeds}: the test images are scored for one training")
         state = self._load(config, checkpoints, key)
         finished: list[list[EpochResult]] = [
             [EpochResult(**r) for r in history] for history in state["finished"]
@@ -131,7 +138,30 @@ class Objective:
                     checkpoints.save(key, kept)
                 on_epoch(self._progress(config, finished, result))
             finished.append(training.history)
+            if test:
+                return self._test_accuracy(config, training)
         return sum(history[-1].val_accuracy for history in finished) / len(finished)
+
+    def _test_accuracy(self, config: TrialConfig, training: Training) -> float:
+        prepared, source = self._prepare(config), self._dataset
+        channels_last = _memory_format(config, self._device) is torch.channels_last
+        batches = [
+            normalise(
+                batch.to(self._device), prepared.mean, prepared.std, channels_last=channels_last
+            )
+            for batch in source.test_images.split(EVALUATION_BATCH)
+        ]
+        return evaluate(
+            training.global_model(),
+            batches,
+            source.test_labels.to(self._device),
+            autocast_dtype=_autocast_dtype(config, self._device),
+        ).accuracy
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of a guess, 1 over the number of classes."""
+        return 1 / len(self._dataset.classes)
 
     def _progress(
         self,

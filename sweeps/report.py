@@ -7,6 +7,16 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from sweeps.confirmation import (
+    UNCONFIRMED,
+    Confirmation,
+    column_note,
+    comparison_lines,
+    confirmation_columns,
+    confirmation_rows,
+    confirmed_notes,
+    shown_estimate,
+)
 from sweeps.errors import plural
 from sweeps.progress import describe_params
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
@@ -37,17 +47,21 @@ class AnswerRow:
     def cells(self, status: SweepStatus) -> list[str]:
         """Its text under each of `answer_columns`."""
         if self.trial is None:
-            return [self.study, self.setting, "", "", "", *([""] if status.searched else [])]
+            return [self.study, self.setting, *[""] * (len(answer_columns(status)) - 2)]
         cells = [
             self.study, self.setting, f"#{self.trial.number}", self.trial.outcome,
             _accuracy(self.trial),
         ]  # fmt: skip
+        if status.confirmation:
+            confirmed = status.confirmation.of_trial(self.study, self.trial.number)
+            cells.append(shown_estimate(confirmed) if confirmed else UNCONFIRMED)
         return [*cells, describe_params(self.trial.params)] if status.searched else cells
 
 
 def answer_columns(status: SweepStatus) -> list[str]:
     """What the answer says of each row."""
     columns = ["study", "setting", "trial", "outcome", "accuracy"]
+    columns += ["confirmed"] if status.confirmation else []
     return [*columns, "searched settings"] if status.searched else columns
 
 
@@ -75,11 +89,18 @@ def answer_note(status: SweepStatus) -> str:
     )
     if status.seeds > 1:
         note += f" Each is the mean over {status.seeds} seeds."
+    if status.confirmation:
+        note += (
+            " Confirmed are means on the test images over runs with other seeds, with their "
+            f"95\u00a0% interval; sweep status {status.confirmation.name} says more."
+        )
     return note
 
 
 def answer_table(status: SweepStatus) -> Table:
-    """The answer for a terminal."""
+    """The answer for a terminal; of a confirmation, its settings instead of its trials."""
+    if status.confirms and status.confirmation:
+        return _confirmation_table(status.title, status.confirmation)
     # As Text, so that no label is taken for Rich's markup.
     title = Text(status.title or status.name, style="table.title")
     table = Table(title=title, title_justify="left", caption_justify="left")
@@ -100,6 +121,27 @@ def answer_table(status: SweepStatus) -> Table:
                 end_section=position == len(rows) - 1,
             )
     table.caption = answer_note(status)
+    return table
+
+
+def _confirmation_table(title: str, confirmation: Confirmation) -> Table:
+    table = Table(
+        title=Text(title, style="table.title"), title_justify="left", caption_justify="left"
+    )
+    for column in confirmation_columns(confirmation):
+        number = column in ("found", "luck", "drop")
+        table.add_column(
+            column,
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number,
+            min_width=len(column),
+        )
+    for best, last, cells in confirmation_rows(confirmation):
+        table.add_row(*map(Text, cells), style="bold" if best else None, end_section=last)
+    table.caption = "\n".join(
+        [*comparison_lines(confirmation), *confirmed_notes(confirmation), column_note(confirmation)]
+    )
     return table
 
 

@@ -30,6 +30,7 @@ from storage.retries import StopRequestedError, is_transient, patience, reason, 
 from storage.trials import TrialQueue
 from sweeps import search
 from sweeps.config import Value
+from sweeps.confirmation import read_answer
 from sweeps.edits import Edit
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place, Slot, Workers
@@ -86,13 +87,13 @@ def run_sweep(
     search.check(spec)
     check_url(storage_url)
     if not add_trials and (done := _already_done(spec, storage_url)) is not None:
-        _print_answer(done, storage_url, again, out)
-        return _done_code(done, err)
+        print_answer(done, storage_url, again, out)
+        return done_code(done, err)
     place.prepare(
         storage_url,
         lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
     )
-    fingerprints = _check_data(spec, data_dir, err)
+    fingerprints = check_data(spec, data_dir, err)
     store = open_storage(storage_url)
 
     addition = Addition(add_trials)
@@ -101,9 +102,43 @@ def run_sweep(
         with exclusive(store, storage_url):
             return create_or_resume(store, spec, fingerprints, addition=addition)
 
-    with patience(_place(storage_url)):
+    with patience(place_of(storage_url)):
         changed = with_retries(create)
-    _print_edits(changed, spec.name, err)
+    print_edits(changed, spec.name, err)
+    code, status = run_to_end(
+        spec, store, storage_url, data_dir=data_dir, workers=workers, place=place, err=err
+    )
+    close_storage(store, storage_url)
+    if status is not None:
+        print_answer(status, storage_url, again, out)
+    return code
+
+
+def run_to_end(
+    spec: SweepSpec,
+    store: BaseStorage,
+    storage_url: str,
+    *,
+    data_dir: Path | None,
+    workers: int | None,
+    place: Place,
+    err: Console,
+) -> tuple[int, SweepStatus | None]:
+    """Run workers until a sweep that is in the store is done.
+
+    Args:
+        spec: of the sweep.
+        store: where it is, to write to.
+        storage_url: what the store was opened with.
+        data_dir: where the data set is, None for its usual place.
+        workers: how many processes, None for as many as suit the place.
+        place: where they run.
+        err: gets the progress.
+
+    Returns:
+        The exit status, as of `run_sweep`, and the sweep's state then; None if the wait for the
+        store was interrupted.
+    """
     watcher = open_storage(storage_url, read_only=True)
 
     def read() -> SweepStatus:
@@ -128,17 +163,15 @@ def run_sweep(
                 f"sweep: {stopping}; what runs goes on at the next start",
                 highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
-            return 130
-    status = read()
+            return 130, None
+    status = with_retries(lambda: read_answer(watcher, stored_sweep(watcher, spec.name)))
     close_storage(watcher, storage_url)
-    close_storage(store, storage_url)
-    _print_answer(status, storage_url, again, out)
     if status.done:
-        return _done_code(status, err)
-    return 130 if status.stop_requests != requests_before else code
+        return done_code(status, err), status
+    return 130 if status.stop_requests != requests_before else code, status
 
 
-def _done_code(status: SweepStatus, err: Console) -> int:
+def done_code(status: SweepStatus, err: Console) -> int:
     """The exit status of a sweep that has met its budget: 1 if a study has failed trials only."""
     hopeless = [s.name for s in status.studies if s.finished and s.count("failed") == s.finished]
     if hopeless:
@@ -165,7 +198,7 @@ def _already_done(spec: SweepSpec, storage_url: str) -> SweepStatus | None:
         if spec.name not in stored_names(store):
             return None
         sweep = stored_sweep(store, spec.name)
-        status = read_status(store, sweep)
+        status = read_answer(store, sweep)
         return status if sweep.spec == spec and status.done else None
     finally:
         close_storage(store, storage_url)
@@ -224,10 +257,11 @@ def _run_workers(
 
 def _patience(storage_url: str, signals: _Signals) -> AbstractContextManager[None]:
     """Wait for the store until a signal comes, quietly: every worker says when it is away."""
-    return patience(_place(storage_url), lambda: bool(signals.received), quiet=True)
+    return patience(place_of(storage_url), lambda: bool(signals.received), quiet=True)
 
 
-def _place(storage_url: str) -> str:
+def place_of(storage_url: str) -> str:
+    """What messages call a store."""
     return f"the store at {shown_url(storage_url)}"
 
 
@@ -262,7 +296,7 @@ def run_worker(
         lease_seconds=lease_seconds,
         data_dir=data_dir,
     )
-    with patience(_place(storage_url), stop.is_set):
+    with patience(place_of(storage_url), stop.is_set):
         try:
             store = with_retries(lambda: open_storage(storage_url, lock_seconds=LOCK_SECONDS))
         except StopRequestedError:
@@ -274,7 +308,7 @@ def run_worker(
             if not is_transient(error):
                 raise
             raise SweepError(
-                f"{_place(storage_url)} does not answer ({reason(error)}); when it does, start "
+                f"{place_of(storage_url)} does not answer ({reason(error)}); when it does, start "
                 "this worker again"
             ) from error
         finally:
@@ -397,7 +431,7 @@ STRUCTURAL = (
 MAX_STRUCTURES = 64
 
 
-def _check_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> list[str]:
+def check_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> list[str]:
     """Load each cell's data set and try its splits and models; return the fingerprints."""
     objectives: dict[Any, Objective] = {}
     fingerprints = []
@@ -447,7 +481,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _print_edits(changed: list[Edit], name: str, err: Console) -> None:
+def print_edits(changed: list[Edit], name: str, err: Console) -> None:
+    """Say what differs from the settings that a sweep was begun with."""
     if changed:
         lines = [f"{name} was begun with other settings; from now on:", *map(str, changed)]
         err.print("\n  ".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -458,7 +493,7 @@ def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
     total = sum(study.budget for study in status.studies)
     going_on = f", {finished} of them done" if finished else ""
     on_test = any(study.validation == "test" for study in status.studies)
-    scored = "; scored on the test images" if on_test else ""
+    scored = "; scored on the test images" if on_test or status.confirms else ""
     return (
         f"{status.name}: {plural(len(status.studies), 'study', 'studies')}, "
         f"{plural(total, 'trial')}{going_on}; {plural(workers, 'worker')}; "
@@ -466,7 +501,8 @@ def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
     )
 
 
-def _print_answer(status: SweepStatus, storage_url: str, again: str, out: Console) -> None:
+def print_answer(status: SweepStatus, storage_url: str, again: str, out: Console) -> None:
+    """Print what a sweep has come to, and the commands that tell more."""
     out.print()
     out.print(answer_table(status))
     for line in (*outcome_lines(status), disk_line(status.name, storage_url)):
@@ -474,7 +510,7 @@ def _print_answer(status: SweepStatus, storage_url: str, again: str, out: Consol
     where = shlex.join(["--storage", shown_url(storage_url)])
     lines = {
         "look again": f"sweep status {status.name} {where}",
-        "report": f"sweep report {status.name} {where}",
+        "report": f"sweep report {status.confirms or status.name} {where}",
         "inspect": f"sweep dashboard {where}",
     }
     if not status.done:

@@ -37,6 +37,9 @@ SECTIONS = ("train", "each", "search", "try", "sampler", "pruner", "budget", "wo
 TEXTS = ("title", "question", "source")
 TRY_WORDS = ("label", "when")
 
+CONFIRMATION = "-confirm"
+"""The sweep that confirms the best settings of another is called after it, with this behind."""
+
 KEEP_CHECKPOINTS = ("best", "all", "none")
 
 MAX_COUNT = 10**12
@@ -163,7 +166,13 @@ class WorkerShare:
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A checked sweep. Make one with `load`, `from_table` or `from_dict`."""
+    """A checked sweep. Make one with `load`, `from_table` or `from_dict`.
+
+    Attributes:
+        confirms: the sweep whose settings this one trains again with other seeds, or "". The
+            trials of a confirmation (`sweeps.confirm`) are those that are enqueued, `seed` is a
+            searched setting of theirs, and their value is their accuracy on the test images.
+    """
 
     name: str
     title: str
@@ -177,6 +186,7 @@ class SweepSpec:
     pruner: Mapping[str, Any]
     budget: Budget
     workers: WorkerShare
+    confirms: str = ""
 
     def study_name(self, cell: Mapping[str, Value]) -> str:
         """The Optuna study of `cell`, such as `fixup-largebatch/global_batch_size=1024`."""
@@ -226,6 +236,7 @@ class SweepSpec:
             "pruner": dict(self.pruner),
             "budget": {k: v for k, v in dataclasses.asdict(self.budget).items() if v is not None},
             "workers": dataclasses.asdict(self.workers),
+            **({"confirms": self.confirms} if self.confirms else {}),
         }
 
     def as_toml(self) -> str:
@@ -246,7 +257,10 @@ class SweepSpec:
             SpecError: if another version of the program wrote what this one cannot read.
         """
         table = dict(stored)
-        return cls._parse(table, table.pop("name"))
+        name, confirms = table.pop("name"), table.pop("confirms", "")
+        if confirms and confirmed_by(name) != confirms:
+            raise SpecError(f"{name} cannot confirm {confirms!r}; it is called after another sweep")
+        return cls._parse(table, name, confirms)
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], *, name: str) -> SweepSpec:
@@ -255,12 +269,17 @@ class SweepSpec:
         Raises:
             SpecError: naming the first key that is wrong and what is accepted there.
         """
+        if "confirms" in table:
+            raise SpecError(
+                f"{name}: confirms = {table['confirms']!r} is what sweep confirm writes, and no "
+                f"key of a file; run sweep confirm {table['confirms']}"
+            )
         spec = cls._parse(table, name)
         _check_cells(spec)
         return spec
 
     @classmethod
-    def _parse(cls, table: Mapping[str, Any], name: str) -> SweepSpec:
+    def _parse(cls, table: Mapping[str, Any], name: str, confirms: str = "") -> SweepSpec:
         _check_name(name)
         for key in table:
             if key not in SECTIONS and key not in TEXTS:
@@ -273,7 +292,7 @@ class SweepSpec:
                 raise SpecError(f"{name}: {text} = {value!r} is not a text")
         train = _parse_train(_table(table, "train"))
         cells = _parse_each(table.get("each", {}))
-        search = _parse_search(_table(table, "search"))
+        search = _parse_search(_table(table, "search"), seeds=bool(confirms))
         _check_once(train, cells, search)
         tries = _parse_tries(table.get("try", []), cells, search)
         return cls(
@@ -286,6 +305,7 @@ class SweepSpec:
             pruner=_parse_component(_table(table, "pruner"), "pruner", "MedianPruner"),
             budget=Budget(**_parse_limits(table, "budget", Budget)),
             workers=WorkerShare(**_parse_limits(table, "workers", WorkerShare)),
+            confirms=confirms,
             **texts,
         )
 
@@ -376,6 +396,21 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
 
 
+def confirmed_by(name: str) -> str:
+    """The sweep that a confirmation of this name confirms.
+
+    Raises:
+        SpecError: if it is no name of a confirmation.
+    """
+    confirmed = name.removesuffix(CONFIRMATION)
+    if confirmed == name or not confirmed:
+        raise SpecError(
+            f"{name!r} cannot be a confirmation: it is called after the sweep that it confirms, "
+            f"NAME{CONFIRMATION}"
+        )
+    return confirmed
+
+
 def differences(stored: SweepSpec, wanted: SweepSpec) -> dict[str, tuple[Any, Any]]:
     """What differs between two specs, as dotted key → (stored value, wanted value)."""
     before, after = (dict(_flatten(spec.as_dict())) for spec in (stored, wanted))
@@ -449,11 +484,11 @@ def _parse_each(each: Any) -> tuple[Mapping[str, Value], ...]:
     return tuple(cells)
 
 
-def _parse_search(table: Mapping[str, Any]) -> dict[str, Range]:
+def _parse_search(table: Mapping[str, Any], *, seeds: bool = False) -> dict[str, Range]:
     space: dict[str, Range] = {}
     for name, given in table.items():
         setting = _known(name, "[search]")
-        if not setting.searchable:
+        if not setting.searchable and not (seeds and name == "seed"):
             raise SpecError(
                 f"[search] {name}: it decides how trials are measured, so it cannot differ "
                 "between the trials of a study; put it in [train] or [each]"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
+    from sweeps.confirmation import Confirmation
+
 OUTCOME = "outcome"
 REASON = "reason"
 SECONDS = "seconds"
@@ -71,6 +73,7 @@ class StudyStatus:
         steps_per_trial: epochs of a trial that is not pruned, over all seeds.
         trials: all that are enqueued or have begun within the budget, and those that ended
             when it was larger.
+        confirms: whether its trials are the runs of a confirmation.
     """
 
     name: str
@@ -79,6 +82,7 @@ class StudyStatus:
     validation: str
     steps_per_trial: int
     trials: Sequence[TrialStatus]
+    confirms: bool = False
 
     def count(self, outcome: str) -> int:
         """How many trials have this outcome; "queued" counts those not yet created too."""
@@ -93,7 +97,12 @@ class StudyStatus:
 
     @property
     def best(self) -> TrialStatus | None:
-        """The complete trial with the highest accuracy; the earliest of equals."""
+        """The complete trial with the highest accuracy; the earliest of equals.
+
+        None in a confirmation: to pick the luckiest seed is what it is there against.
+        """
+        if self.confirms:
+            return None
         complete = [t for t in self.trials if t.outcome == "complete"]
         return max(complete, key=lambda t: (t.accuracy, -t.number), default=None)
 
@@ -107,6 +116,9 @@ class SweepStatus:
         seeds: trainings that a trial's accuracy is the mean of.
         spent: which budget of time or epochs is spent, or "".
         stop_requests: how often its workers were asked to end.
+        confirms: the sweep that it confirms, or "".
+        confirmation: what its own confirmation has come to, or the confirmation that it is;
+            None if there is none, or nobody read it (`sweeps.confirmation.read_answer`).
     """
 
     name: str
@@ -117,6 +129,8 @@ class SweepStatus:
     studies: Sequence[StudyStatus]
     spent: str = ""
     stop_requests: int = 0
+    confirms: str = ""
+    confirmation: Confirmation | None = None
 
     @property
     def done(self) -> bool:
@@ -133,6 +147,8 @@ class SweepStatus:
             "seeds": self.seeds,
             "done": self.done,
             "spent": self.spent,
+            "confirms": self.confirms,
+            "confirmation": self.confirmation.as_dict() if self.confirmation else None,
             "studies": [
                 {
                     "name": study.name,
@@ -163,6 +179,7 @@ def read_status(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
         studies=[_read_study(store, spec, study) for study in sweep.studies],
         spent=spent(store, sweep),
         stop_requests=stops(store, sweep),
+        confirms=spec.confirms,
     )
 
 
@@ -176,6 +193,7 @@ def _read_study(store: BaseStorage, spec: SweepSpec, study: SweepStudy) -> Study
         validation=config.validation,
         steps_per_trial=config.epochs * spec.budget.seeds,
         trials=[_read_trial(t) for t in trials if t.number < study.budget or t.state.is_finished()],
+        confirms=bool(spec.confirms),
     )
 
 

@@ -35,7 +35,8 @@ class SweepStudy:
         study_id: Optuna's own.
         name: as the dashboard shows it.
         cell: the enumerated settings of this study.
-        budget: trials that it may run: the spec's and those that were added to it.
+        budget: trials that it may run: the spec's and those that were added to it; of a
+            confirmation, those that are enqueued.
         fingerprint: SHA-256 of the images and labels that its trials train on.
     """
 
@@ -96,7 +97,10 @@ def stored_sweep(store: BaseStorage, name: str) -> StoredSweep:
             study._study_id,
             study.study_name,
             study.user_attrs[CELL],
-            spec.budget.trials + found[0].user_attrs.get(ADDED, 0),
+            # Whoever enqueues the runs of a confirmation says how many there are.
+            store.get_n_trials(study._study_id)
+            if spec.confirms
+            else spec.budget.trials + found[0].user_attrs.get(ADDED, 0),
             study.user_attrs[FINGERPRINT],
         )
         for _, study in sorted(found.items())
@@ -154,6 +158,11 @@ def create_or_resume(
         raise SpecError(
             f"--add-trials {add_trials} extends a sweep that is in the store, and {spec.name} is "
             "not yet; set its budget with --set trials=N"
+        )
+    if add_trials and spec.confirms:
+        raise SpecError(
+            f"--add-trials {add_trials} has no meaning for {spec.name}; sweep confirm "
+            f"{spec.confirms} adds to it, with --seeds and --top"
         )
     before = parts[0].user_attrs.get(ADDED, 0) if 0 in parts else 0
     changed: list[Edit] = []
@@ -261,7 +270,8 @@ def _create_study(store: BaseStorage, spec: SweepSpec, position: int, fingerprin
     if renewed:
         save_note(study, _note(spec, cell))
     if READY not in attrs:
-        score = "validation" if _validation(spec, cell) == "holdout" else "test"
+        on_test = spec.confirms or _validation(spec, cell) == "test"
+        score = "test" if on_test else "validation"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([f"{score} accuracy"])

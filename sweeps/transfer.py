@@ -49,7 +49,7 @@ from sweeps.merging import (
     stored_spec,
     summary,
 )
-from sweeps.spec import SweepSpec
+from sweeps.spec import SweepSpec, confirmed_by
 from sweeps.status import (
     CURVES,
     FAILURES,
@@ -279,6 +279,8 @@ def _renamed(incoming: _Incoming, name: str) -> _Incoming:
     studies, before = [], {}
     for study in incoming.studies:
         table = {**json.loads(study.user_attrs[SPEC]), "name": name}
+        if table.get("confirms"):
+            table["confirms"] = confirmed_by(name)
         renamed = SweepSpec.from_dict(table).study_name(json.loads(study.user_attrs[CELL]))
         before[renamed] = study.name
         attrs = {**study.user_attrs, SWEEP: json.dumps(name), SPEC: json.dumps(table)}

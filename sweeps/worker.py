@@ -266,6 +266,7 @@ class Worker:
         state, value = TrialState.PRUNED, None
         attrs: dict[str, Any] = {}
         reporter: _Reporter | None = None
+        confirms = bool(sweep.spec.confirms)
         try:
             self._refuse_deadly(claim)
             if claim.attempt == 1:
@@ -278,6 +279,7 @@ class Worker:
             value = objective.run(
                 config,
                 seeds=sweep.spec.budget.seeds,
+                test=confirms,
                 on_epoch=reporter,
                 should_stop=lambda: self._stop.is_set() or lost.is_set(),
                 checkpoints=self._checkpoints,
@@ -318,7 +320,7 @@ class Worker:
             else:
                 state = TrialState.FAIL
         if state == TrialState.PRUNED and reporter is not None:
-            value = reporter.last_score
+            value = objective.chance if confirms else reporter.last_score
         attrs[SECONDS] = round(time.monotonic() - started, 3)
         provenance = {**_provenance(self._options.device), "data_fingerprint": study.fingerprint}
         if lost.is_set() or not self._queue.finish(

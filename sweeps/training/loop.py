@@ -80,9 +80,10 @@ class EpochResult:
 
 
 class Algorithm(Protocol):
-    """What `sweeps.training.rounds` offers: one round, and its state."""
+    """What `sweeps.training.rounds` offers: one round, its network, and its state."""
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor: ...  # noqa: D102
+    def global_model(self) -> nn.Module: ...  # noqa: D102
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
 
@@ -102,7 +103,7 @@ class Training:
     Args:
         algorithm: what a round does.
         batches: the devices' images, epoch by epoch.
-        evaluate: gives (loss, accuracy, predicted classes) of the validation images.
+        evaluate: scores the validation images.
         schedule: learning rate by update.
         epochs: how many there are in all.
         guess_loss: cross-entropy of the best constant guess, in nats: ln(classes) where they
@@ -163,6 +164,10 @@ class Training:
             self.history.append(result)
             yield result
             self._raise_if_dead()
+
+    def global_model(self) -> nn.Module:
+        """The network that the epochs so far have trained, to be evaluated."""
+        return self._algorithm.global_model()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epoch depends on, as tensors and plain values."""

@@ -1,0 +1,420 @@
+"""`sweep confirm`: the best settings of a sweep and its known ones, trained again with other seeds.
+
+The confirmation of NAME is a sweep of its own in the same store, NAME-confirm, with one study for
+each study of NAME. Its trials are the runs: one for each setting and seed, all of them enqueued, so
+that workers, leases, resuming, `sweep status` and `sweep export` treat them as any other. Nothing
+is suggested and nothing pruned: a run that is pruned has no final accuracy, and a mean over those
+that are left would be of the lucky ones. `sweeps.confirmation` reads what comes out.
+
+The runs are listed nowhere but as trials. Whoever confirms compares what is wanted with what is
+there, under the store's lock, and enqueues the rest: again after a kill it completes, with more
+seeds it adds, and a second time it does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from rich.console import Console
+
+from storage.engine import check_url, close_storage, exclusive, open_storage
+from storage.retries import patience, with_retries
+from storage.trials import enqueue
+from sweeps.config import Value
+from sweeps.confirmation import SEED, Settings, read_answer, run_params, settings_of
+from sweeps.edits import Edit, decisive_changes
+from sweeps.errors import SpecError, SweepError, plural
+from sweeps.launch import Place
+from sweeps.run import (
+    check_data,
+    done_code,
+    place_of,
+    print_answer,
+    print_edits,
+    run_to_end,
+)
+from sweeps.spec import CONFIRMATION, Range, SweepSpec
+from sweeps.status import StudyStatus, SweepStatus, TrialStatus, read_status
+from sweeps.studies import (
+    LABEL,
+    SPEC,
+    StoredSweep,
+    check_fingerprint,
+    create_or_resume,
+    stored_names,
+    stored_sweep,
+)
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+MAX_SEED = 10**9
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A run that is to be there: the settings that it has, and what it is called."""
+
+    label: str
+    params: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A confirmation as it is to be, and what is missing of it.
+
+    Attributes:
+        of: the confirmed sweep.
+        spec: of the confirmation.
+        missing: for each study, the runs to enqueue.
+        begun: whether the store has the confirmation.
+        remarks: what went otherwise than one might expect.
+    """
+
+    of: StoredSweep
+    spec: SweepSpec
+    missing: Sequence[Sequence[_Wanted]]
+    begun: bool
+    remarks: Sequence[str]
+
+
+def confirm_sweep(
+    name: str,
+    storage_url: str,
+    *,
+    top: int,
+    seeds: int,
+    data_dir: Path | None,
+    workers: int | None,
+    place: Place,
+    again: str,
+    out: Console,
+    err: Console,
+    print_json: Callable[[object], None] | None = None,
+) -> int:
+    """Train the best settings of a sweep, and its known ones, with other seeds; say what came out.
+
+    Args:
+        name: the sweep.
+        storage_url: where it is.
+        top: how many of the best settings of each study.
+        seeds: runs of each setting.
+        data_dir: where the data set is, None for its usual place.
+        workers: how many processes, None for as many as suit the place.
+        place: where they run.
+        again: the command that goes on after an interruption.
+        out: gets the answer.
+        err: gets the progress.
+        print_json: prints the answer for programs instead.
+
+    Returns:
+        The exit status: 0 done, 1 if workers failed, 130 after an interruption.
+
+    Raises:
+        SweepError: the store has no such sweep, no trial of it has completed, or something else
+            is called as its confirmation is.
+        SpecError: `top` is more than there is.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_url(storage_url)
+    watcher = open_storage(storage_url, read_only=True)
+    try:
+        plan = with_retries(lambda: _plan(watcher, name, top, seeds))
+        done = _already_done(watcher, plan)
+    finally:
+        close_storage(watcher, storage_url)
+    for line in plan.remarks:
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
+    if done is not None:
+        _show(done, storage_url, again, out, print_json)
+        return done_code(done, err)
+    place.prepare(
+        storage_url,
+        lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
+    fingerprints = check_data(plan.spec, data_dir, err)
+    for study, here in zip(plan.of.studies, fingerprints, strict=True):
+        check_fingerprint(study.name, study.fingerprint, here)
+    store = open_storage(storage_url)
+
+    def create() -> list[Edit]:
+        with exclusive(store, storage_url):
+            return enqueue_runs(store, name, fingerprints, top=top, seeds=seeds)
+
+    with patience(place_of(storage_url)):
+        changed = with_retries(create)
+    # A range that is wider than before follows from the settings, and is nobody's edit.
+    kept = [edit for edit in changed if not edit.key.startswith("search.")]
+    print_edits(kept, plan.spec.name, err)
+    code, status = run_to_end(
+        plan.spec, store, storage_url, data_dir=data_dir, workers=workers, place=place, err=err
+    )
+    close_storage(store, storage_url)
+    if status is not None:
+        _show(status, storage_url, again, out, print_json)
+    return code
+
+
+def enqueue_runs(
+    store: BaseStorage, name: str, fingerprints: Sequence[str], *, top: int, seeds: int
+) -> list[Edit]:
+    """Create or complete the confirmation of a sweep, so that workers find its runs.
+
+    The caller sees to it that one process does this at a time.
+
+    Args:
+        store: where the sweep is.
+        name: the sweep.
+        fingerprints: of the images of each cell, in their order.
+        top: how many of the best settings of each study.
+        seeds: runs of each setting.
+
+    Returns:
+        What differs from the confirmation that is there.
+
+    Raises:
+        SweepError, SpecError: as `confirm_sweep`.
+    """
+    plan = _plan(store, name, top, seeds)
+    changed = create_or_resume(store, plan.spec, fingerprints)
+    stored = stored_sweep(store, plan.spec.name)
+    for study, missing in zip(stored.studies, plan.missing, strict=True):
+        for run in missing:
+            enqueue(store, study.study_id, run.params, user_attrs={LABEL: run.label})
+    return changed
+
+
+def _already_done(store: BaseStorage, plan: _Plan) -> SweepStatus | None:
+    """The state of a confirmation that has nothing left to run: it is told without images."""
+    if not plan.begun or any(plan.missing):
+        return None
+    stored = stored_sweep(store, plan.spec.name)
+    status = read_answer(store, stored)
+    return status if status.done and stored.spec == plan.spec else None
+
+
+def _show(
+    status: SweepStatus,
+    storage_url: str,
+    again: str,
+    out: Console,
+    print_json: Callable[[object], None] | None,
+) -> None:
+    if print_json is None:
+        print_answer(status, storage_url, again, out)
+    elif status.confirmation is not None:
+        print_json(status.confirmation.as_dict())
+
+
+# --- what to run --------------------------------------------------------------------------------
+
+
+def _plan(store: BaseStorage, name: str, top: int, seeds: int) -> _Plan:
+    sweep = stored_sweep(store, name)
+    if sweep.spec.confirms:
+        raise SweepError(
+            f"{name} is the confirmation of {sweep.spec.confirms}; sweep confirm "
+            f"{sweep.spec.confirms} --seeds N adds runs to it"
+        )
+    if SEED in sweep.spec.cells[0]:
+        raise SweepError(
+            f"{name} enumerates seed by [each]: each of its studies is of one seed, and there is "
+            "nothing to confirm over others; enumerate something else"
+        )
+    status = read_status(store, sweep)
+    if not any(study.count("complete") for study in status.studies):
+        raise SweepError(
+            f"no trial of {name} has completed, so there is no best setting to confirm; sweep "
+            f"start {name} goes on with it"
+        )
+    most = max(_complete_settings(study) for study in status.studies)
+    if top > most:
+        raise SpecError(
+            f"--top {top} is more than {name} has: {most} at most of its settings have completed "
+            "in a study"
+        )
+    fresh = _fresh_seeds(sweep.spec, seeds)
+    remarks = _remarks(status, top)
+    stored = _stored_confirmation(store, sweep)
+    missing, settings = [], []
+    for position, study in enumerate(status.studies):
+        wanted, left_out = _wanted(study, list(sweep.spec.search), top)
+        remarks += left_out
+        there = _runs(store, stored.studies[position].study_id) if stored else set()
+        missing.append(
+            [
+                _Wanted(f"{label}, seed {seed}", {**dict(key), SEED: seed})
+                for seed in fresh
+                for key, label in wanted.items()
+                if (key, seed) not in there
+            ]
+        )
+        settings += [*wanted, *(key for key, _ in there)]
+    spec = _confirmation_of(sweep.spec, settings)
+    if stored:
+        _refuse_other(stored.spec, spec)
+    return _Plan(sweep, spec, missing, stored is not None, remarks)
+
+
+def _remarks(status: SweepStatus, top: int) -> list[str]:
+    name, remarks = status.name, []
+    if not status.done:
+        ended = sum(study.finished for study in status.studies)
+        total = sum(study.budget for study in status.studies)
+        remarks.append(
+            f"{name} is not finished, {ended} of {total} trials have ended: what is best so far is "
+            f"confirmed; when it has gone on, sweep confirm {name} adds what is better"
+        )
+    for study in status.studies:
+        complete = _complete_settings(study)
+        if complete < top:
+            had = plural(complete, "setting has", "settings have")
+            remarks.append(f"{study.name}: {'no' if not complete else 'only'} {had} completed")
+    return remarks
+
+
+def _fresh_seeds(spec: SweepSpec, count: int) -> list[int]:
+    """The first seeds that no trial of a sweep has trained with."""
+    first = int(spec.train.get(SEED, 0))
+    used = range(first, first + spec.budget.seeds)
+    found: list[int] = []
+    seed = 0
+    while len(found) < count:
+        if seed in used:
+            seed = used.stop
+            continue
+        found.append(seed)
+        seed += 1
+    return found
+
+
+def _complete_settings(study: StudyStatus) -> int:
+    return len({settings_of(t.params) for t in study.trials if t.outcome == "complete"})
+
+
+def _wanted(
+    study: StudyStatus, searched: Sequence[str], top: int
+) -> tuple[dict[Settings, str], list[str]]:
+    """The settings to confirm, the best first, with what their runs are called; and remarks."""
+    wanted: dict[Settings, str] = {}
+    remarks = []
+    complete = [t for t in study.trials if t.outcome == "complete"]
+    for trial in sorted(complete, key=lambda t: (-(t.accuracy or 0.0), t.number)):
+        key = settings_of(trial.params)
+        if len(wanted) < top or key in wanted:
+            wanted.setdefault(key, _called(trial))
+    for trial in (t for t in study.trials if t.label):
+        if set(trial.params) != set(searched):
+            # The sampler fills in what a [[try]] leaves out, when its trial begins.
+            remarks.append(f"{study.name}: “{trial.label}” has not begun, so it is not confirmed")
+        elif trial.outcome == "failed":
+            remarks.append(
+                f"{study.name}: “{trial.label}” failed, so it is not confirmed: {trial.reason}"
+            )
+        else:
+            wanted.setdefault(settings_of(trial.params), _called(trial))
+    return wanted, remarks
+
+
+def _called(trial: TrialStatus) -> str:
+    return f"{trial.label} (#{trial.number})" if trial.label else f"#{trial.number}"
+
+
+def _runs(store: BaseStorage, study_id: int) -> set[tuple[Settings, int]]:
+    found = [run_params(t) for t in store.get_all_trials(study_id, deepcopy=False)]
+    return {(settings_of(p), int(p[SEED])) for p in found if SEED in p}
+
+
+# --- its spec -----------------------------------------------------------------------------------
+
+
+def _confirmation_of(spec: SweepSpec, settings: Sequence[Settings]) -> SweepSpec:
+    """The spec of the confirmation of a sweep.
+
+    Args:
+        spec: of the sweep.
+        settings: those that it has runs of; a range that was moved since then is widened, so that
+            they are in it.
+    """
+    table = spec.as_dict()
+    values: dict[str, list[Value]] = {name: [] for name in spec.search}
+    for name, value in (pair for key in settings for pair in key):
+        values.setdefault(name, []).append(value)
+    title = spec.title or spec.name
+    return SweepSpec.from_dict(
+        {
+            **table,
+            "name": spec.name + CONFIRMATION,
+            "confirms": spec.name,
+            "title": f"{title}, confirmed",
+            "question": f"What do the settings of {spec.name} reach with other seeds?",
+            "train": {name: value for name, value in spec.train.items() if name != SEED},
+            "search": {
+                **{
+                    name: _containing(space, values[name]).as_dict()
+                    for name, space in spec.search.items()
+                },
+                SEED: {"low": 0, "high": MAX_SEED},
+            },
+            "try": [],
+            # Never asked: every setting of every run is given, and all of them run to their end.
+            "sampler": {"type": "RandomSampler"},
+            "pruner": {"type": "NopPruner"},
+            "budget": {
+                "trials": 1,
+                "seeds": 1,
+                "keep_checkpoints": "all" if spec.budget.keep_checkpoints == "all" else "none",
+            },
+        }
+    )
+
+
+def _containing(space: Range, values: Sequence[Value]) -> Range:
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if space.choices or all(space.contains(value) for value in numbers):
+        return space
+    assert space.low is not None
+    assert space.high is not None
+    return Range(low=min(space.low, *numbers), high=max(space.high, *numbers), log=space.log)
+
+
+def _stored_confirmation(store: BaseStorage, sweep: StoredSweep) -> StoredSweep | None:
+    """What the store has under the confirmation's name; None if nothing, or not whole yet."""
+    name = sweep.spec.name + CONFIRMATION
+    elsewhere = (
+        f"remove it (sweep dashboard --writable), or confirm a copy: sweep export "
+        f"{sweep.spec.name} FILE, sweep import FILE --name NEW, sweep confirm NEW"
+    )
+    if name in stored_names(store):
+        stored = stored_sweep(store, name)
+        if stored.spec.confirms != sweep.spec.name:
+            raise SweepError(
+                f"the store has a sweep {name} that is no confirmation of {sweep.spec.name}; "
+                + elsewhere
+            )
+        return stored
+    names = {name + s.name.removeprefix(sweep.spec.name) for s in sweep.studies}
+    for study in store.get_all_studies():
+        its = study.user_attrs.get(SPEC, {}).get("confirms")
+        if study.study_name in names and its != sweep.spec.name and study.user_attrs:
+            raise SweepError(
+                f"the store has a study {study.study_name!r} that is not of the confirmation of "
+                f"{sweep.spec.name}; {elsewhere}"
+            )
+    return None
+
+
+def _refuse_other(stored: SweepSpec, wanted: SweepSpec) -> None:
+    """Refuse a confirmation that was begun for other trainings than the sweep now has."""
+    changed = decisive_changes(stored, wanted)
+    if changed:
+        shown = "; ".join(f"{key}: confirmed {a!r}, now {b!r}" for key, (a, b) in changed.items())
+        raise SweepError(
+            f"{wanted.confirms} has other settings than when {wanted.name} was begun ({shown}), so "
+            f"what that holds does not confirm it; remove {wanted.name} (sweep dashboard "
+            "--writable) and confirm anew"
+        )
