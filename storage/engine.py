@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -23,14 +24,18 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage, RDBStorage
+    from optuna.storages import BaseStorage
     from sqlalchemy.engine import URL, Connection, Engine
+
+    from storage.database import Database
 
 LOCK_TIMEOUT_SECONDS = 60.0
 """How long one SQLite operation waits for other processes before it fails as "locked"."""
 
 READ_ONLY_OPTION = "sweep_read_only"
 """Connection execution option: this transaction reads, so it must not take the write lock."""
+
+_reading = threading.local()
 
 _CREATE_ATTEMPTS = 12
 # Seconds, but for the last, in milliseconds.
@@ -253,13 +258,40 @@ def sql_engine(storage: BaseStorage) -> Engine:
     return backend.engine
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """Let the transactions that this thread begins within the block be readers.
+
+    For those of Optuna's own sessions, which know no execution options.
+    """
+    before = getattr(_reading, "on", False)
+    _reading.on = True
+    try:
+        yield
+    finally:
+        _reading.on = before
+
+
+def reader_options(engine: Engine) -> dict[str, Any]:
+    """Return the execution options of a connection that only reads.
+
+    On SQLite its queries see one moment; on a server each sees its own, in no transaction, which
+    would be two more trips to it.
+    """
+    options: dict[str, Any] = {READ_ONLY_OPTION: True}
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "AUTOCOMMIT"
+    return options
+
+
 # --- SQLite -------------------------------------------------------------------------------------
 
 
 def _open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
     from filelock import FileLock, Timeout
-    from optuna.storages import get_storage
     from sqlalchemy import event
+
+    from storage.database import CachedDatabase
 
     _check_file(file)
     lock_file = file.with_name(file.name + ".lock")
@@ -285,13 +317,14 @@ def _open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
     event.listen(storage.engine, "begin", _begin)
     # The pooled connection from construction has not seen the events.
     storage.engine.dispose()
-    return get_storage(storage)
+    return CachedDatabase(storage)
 
 
 def _open_sqlite_read_only(file: Path) -> BaseStorage:
-    from optuna.storages import get_storage
     from sqlalchemy import event
     from sqlalchemy.engine import URL
+
+    from storage.database import CachedDatabase
 
     if not file.is_file():
         _check_file(file)
@@ -318,7 +351,7 @@ def _open_sqlite_read_only(file: Path) -> BaseStorage:
     )
     event.listen(storage.engine, "begin", _begin_reading)
     storage.engine.dispose()
-    return get_storage(storage)
+    return CachedDatabase(storage)
 
 
 def _check_file(file: Path) -> None:
@@ -398,7 +431,9 @@ def _set_synchronous(connection: sqlite3.Connection, record: object) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    reads = connection.get_execution_options().get(READ_ONLY_OPTION)
+    reads = connection.get_execution_options().get(READ_ONLY_OPTION) or getattr(
+        _reading, "on", False
+    )
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
@@ -411,7 +446,7 @@ def _begin_reading(connection: Connection) -> None:
 
 
 def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
-    from optuna.storages import get_storage
+    from storage.database import CachedDatabase
 
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
@@ -422,16 +457,17 @@ def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
         options["execution_options"] = {"postgresql_readonly": True}
     text = url.render_as_string(hide_password=False)
     place = url.render_as_string(hide_password=True)
-    return get_storage(_rdb_storage(text, options, place=place, create=not read_only))
+    return CachedDatabase(_rdb_storage(text, options, place=place, create=not read_only))
 
 
 def _rdb_storage(
     url: str, options: dict[str, Any], *, place: str, create: bool = True
-) -> RDBStorage:
+) -> Database:
     """Construct Optuna's storage; ``place`` names it in messages (no password)."""
     from optuna.exceptions import StorageInternalError
-    from optuna.storages import RDBStorage
     from sqlalchemy.exc import DBAPIError, NoSuchModuleError
+
+    from storage.database import Database
 
     # Optuna takes the URL for a format string.
     template = url.replace("{", "{{").replace("}", "}}")
@@ -439,7 +475,7 @@ def _rdb_storage(
     while True:
         attempt += 1
         try:
-            return RDBStorage(template, engine_kwargs=options, skip_table_creation=not create)
+            return Database(template, engine_kwargs=options, skip_table_creation=not create)
         except (ImportError, NoSuchModuleError) as error:
             raise StorageError(_missing_driver(url)) from error
         except (DBAPIError, StorageInternalError, AssertionError) as error:
