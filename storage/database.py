@@ -72,7 +72,7 @@ class _Reads:
         directions: Table = models.StudyDirectionModel.__table__
         study_user: Table = models.StudyUserAttributeModel.__table__
         study_system: Table = models.StudySystemAttributeModel.__table__
-        ids = bindparam("ids", expanding=True)
+        ids: Any = bindparam("ids", expanding=True)
         columns = trials.c
         found = select(
             columns.trial_id,
@@ -146,15 +146,18 @@ class Database(RDBStorage):
             raise StorageInternalError(f"the database cannot be read: {error}") from error
 
     def get_study_id_from_name(self, study_name: str) -> int:
+        """Return the id of the study with that name."""
         (rows,) = self._rows((_reads().study_named, {"name": study_name}))
         if not rows:
             raise KeyError(models.NOT_FOUND_MSG)
         return int(rows[0][0])
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        """Return a study's user attributes by key."""
         return self._study_attrs(study_id, _reads().study_user_attrs)
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """Return a study's system attributes by key."""
         return self._study_attrs(study_id, _reads().study_system_attrs)
 
     def _study_attrs(self, study_id: int, query: Executable) -> dict[str, Any]:
@@ -169,6 +172,7 @@ class Database(RDBStorage):
             raise KeyError(models.NOT_FOUND_MSG)
 
     def get_all_studies(self) -> list[FrozenStudy]:
+        """Return all studies of the database, by their ids."""
         reads = _reads()
         studies, directions, *attrs = self._rows(
             (reads.studies, {}), (reads.directions, {}), *((q, {}) for q in reads.all_study_attrs)
@@ -200,6 +204,7 @@ class Database(RDBStorage):
         return int(rows[0][0]) if rows else None
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Return one trial."""
         with self._reader() as connection:
             rows = connection.execute(_reads().trial, {"id": trial_id}).all()
             if not rows:
@@ -215,11 +220,13 @@ class Database(RDBStorage):
     ) -> list[FrozenTrial]:
         reads, after = _reads(), trial_id_greater_than
         listed = sorted(trial_id for trial_id in included_trial_ids if trial_id <= after)
-        query, values = reads.newer, {"study": study_id, "after": after}
+        query: Executable = reads.newer
+        values: dict[str, Any] = {"study": study_id, "after": after}
         if len(listed) > _TRIALS_AT_ONCE:
             values["after"] = listed[0] - 1
         elif listed:
-            query, values = reads.newer_or_listed, {**values, "ids": listed}
+            query = reads.newer_or_listed
+            values["ids"] = listed
         wanted = set(listed)
         with self._reader() as connection:
             rows = [
@@ -302,6 +309,7 @@ class CachedDatabase(_CachedStorage):
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: Any
     ) -> None:
+        """Store a parameter."""
         # Claimed trials are created beside Optuna's cache, which asks to have seen them.
         if trial_id not in self._trial_id_to_study_id_and_number:
             study_id = self._backend.study_of(trial_id)

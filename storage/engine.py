@@ -460,9 +460,7 @@ def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
     return CachedDatabase(_rdb_storage(text, options, place=place, create=not read_only))
 
 
-def _rdb_storage(
-    url: str, options: dict[str, Any], *, place: str, create: bool = True
-) -> Database:
+def _rdb_storage(url: str, options: dict[str, Any], *, place: str, create: bool = True) -> Database:
     """Construct Optuna's storage; ``place`` names it in messages (no password)."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import DBAPIError, NoSuchModuleError
