@@ -86,9 +86,13 @@ class _Statements:
             .group_by(trials.c.study_id)
         )
         self.state_and_lease = select(trials.c.state, lease).select_from(with_lease).where(is_one)
-        self.state = select(trials.c.state).where(is_one)
         self.lease = select(lease).where(is_lease)
-        self.locked_lease = self.lease.with_for_update()
+        self.locked_lease = (
+            select(trials.c.state, lease)
+            .join_from(attrs, trials, attrs.c.trial_id == trials.c.trial_id)
+            .where(is_lease)
+            .with_for_update(of=attrs)
+        )
         self.locked_study = (
             select(studies.c.study_id).where(studies.c.study_id == one).with_for_update()
         )
@@ -348,11 +352,13 @@ class TrialTable:
         """
         from optuna.trial import TrialState
 
-        text = connection.execute(self._sql.locked_lease, {"id": trial_id}).scalar()
-        if text is None or parse_lease(text).get("token") != token:
+        row = connection.execute(self._sql.locked_lease, {"id": trial_id}).one_or_none()
+        # The state may be older than a lock that was waited for; a lease that has ended says so.
+        if row is None or row[0] != TrialState.RUNNING:
             return None
-        state = connection.execute(self._sql.state, {"id": trial_id}).scalar()
-        return text if state == TrialState.RUNNING else None
+        lease = parse_lease(row[1])
+        held = lease.get("token") == token and "finished" not in lease
+        return row[1] if held else None
 
     def requeue(
         self, trial_id: int, old: str | None, *, died: bool, started: datetime | None = None
@@ -399,11 +405,10 @@ class TrialTable:
                 finished = {"finished": state.name, "value": value} | {
                     key: before.get(key) for key in ("worker", "host", "token", "attempt", "deaths")
                 }
-                new = {"id": trial_id, "new": json.dumps(finished)}
-                connection.execute(self._sql.set_lease, new)
                 if value is not None:
                     row = {"trial_id": trial_id, "value": value}
                     connection.execute(self._sql.add_value, row)
+                rows += _attr_rows(trial_id, {LEASE_ATTR: finished})
                 self._sql.set_user_attr.run(connection, user_rows)
                 self._sql.set_attr.run(connection, rows)
                 return True

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from storage.engine import sql_engine
-from storage.leases import host_id, parse_lease, process_gone, process_stat
+from storage.leases import host_id, parse_lease, process_gone, start_of
 from storage.retries import outages, with_retries
 from storage.trial_table import Candidate, RunningTrial, TrialTable
 
@@ -149,12 +149,11 @@ class TrialQueue:
 
     def _take(self, candidate: Candidate, token: str) -> Claim | None:
         pid = os.getpid()
-        stat = process_stat(pid)
         lease: dict[str, Any] = {
             "worker": self.worker_id,
             "host": self._host,
             "pid": pid,
-            "process_start": None if stat is None else stat[1],
+            "process_start": start_of(pid),
             "token": token,
             "beat": 0,
             "attempt": 1,
