@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache, wraps
@@ -259,23 +259,24 @@ class Database(RDBStorage):
         # Of a trial that is not wanted, or that came after the first query.
         other = _Parts()
 
-        def read(queries: tuple[Executable, Executable]) -> Iterator[Any]:
-            for row in connection.execute(queries[0 if few else 1], where):
-                yield found.get(row[0], other), *row[1:]
+        def read(queries: tuple[Executable, Executable]) -> Iterable[Any]:
+            # Row by row: the collector of garbage would look through all of them each time.
+            return connection.execute(queries[0 if few else 1], where)
 
-        for parts, name, number, text in read(reads.params):
-            distribution = _distribution(text)
+        for trial_id, name, number, text in read(reads.params):
+            parts, distribution = found.get(trial_id, other), _distribution(text)
             parts.params[name] = distribution.to_external_repr(number)
             parts.distributions[name] = distribution
-        for parts, objective, number, kind in read(reads.values):
-            parts.values[objective] = models.TrialValueModel.stored_repr_to_value(number, kind)
-        for parts, key, text in read(reads.user_attrs):
-            parts.user_attrs[key] = json.loads(text)
-        for parts, key, text in read(reads.system_attrs):
-            parts.system_attrs[key] = json.loads(text)
+        to_value = models.TrialValueModel.stored_repr_to_value
+        for trial_id, objective, number, kind in read(reads.values):
+            found.get(trial_id, other).values[objective] = to_value(number, kind)
+        for trial_id, key, text in read(reads.user_attrs):
+            found.get(trial_id, other).user_attrs[key] = json.loads(text)
+        for trial_id, key, text in read(reads.system_attrs):
+            found.get(trial_id, other).system_attrs[key] = json.loads(text)
         to_step = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
-        for parts, step, number, kind in read(reads.steps):
-            parts.steps[step] = to_step(number, kind)
+        for trial_id, step, number, kind in read(reads.steps):
+            found.get(trial_id, other).steps[step] = to_step(number, kind)
         return [
             FrozenTrial(
                 number=number,
