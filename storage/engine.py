@@ -35,6 +35,7 @@ LOCK_TIMEOUT_SECONDS = 60.0
 READ_ONLY_OPTION = "sweep_read_only"
 """Connection execution option: this transaction reads, so it must not take the write lock."""
 
+_PAUSE_SECONDS = 2.0
 _reading = threading.local()
 
 _CREATE_ATTEMPTS = 12
@@ -459,7 +460,7 @@ def _execute(connection: Connection, statement: str) -> None:
 def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
     from storage.database import CachedDatabase
 
-    options: dict[str, Any] = {"pool_pre_ping": True}
+    options: dict[str, Any] = {"pool_pre_ping": False}  # but see _ping_after_a_pause
     if url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
         # Nobody waits for ever for a machine that is gone.
         args = {k: v for k, v in _LIBPQ_LIMITS.items() if k not in url.query}
@@ -468,7 +469,37 @@ def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
         options["execution_options"] = {"postgresql_readonly": True}
     text = url.render_as_string(hide_password=False)
     place = url.render_as_string(hide_password=True)
-    return CachedDatabase(_rdb_storage(text, options, place=place, create=not read_only))
+    storage = _rdb_storage(text, options, place=place, create=not read_only)
+    _ping_after_a_pause(storage.engine)
+    return CachedDatabase(storage)
+
+
+def _ping_after_a_pause(engine: Engine) -> None:
+    """Ask a connection that nobody used for a while whether it still is one.
+
+    SQLAlchemy would ask before each transaction, which is one more trip to the server. One that
+    breaks between two transactions in a row fails as within one (:mod:`storage.retries`).
+    """
+    from sqlalchemy import event
+    from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+
+    def used(connection: Any, record: Any) -> None:
+        record.info["used"] = time.monotonic()
+
+    def ask(connection: Any, record: Any, proxy: Any) -> None:
+        if time.monotonic() - record.info.get("used", time.monotonic()) < _PAUSE_SECONDS:
+            return
+        driver = engine.dialect.dbapi
+        assert driver is not None
+        try:
+            alive = engine.dialect.do_ping(connection)
+        except (DBAPIError, driver.Error):
+            alive = False
+        if not alive:
+            raise InvalidatePoolError
+
+    event.listen(engine, "checkin", used)
+    event.listen(engine, "checkout", ask)
 
 
 def _rdb_storage(url: str, options: dict[str, Any], *, place: str, create: bool = True) -> Database:

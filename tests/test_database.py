@@ -174,6 +174,23 @@ def test_a_trial_takes_few_statements_and_transactions(tmp_path: Path) -> None:
     assert counts[1]["statements"] - counts[0]["statements"] <= 5 * 45 + 2
 
 
+def test_a_connection_that_broke_during_a_pause_is_replaced(
+    postgres: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_url = postgres()
+    study = filled(store_url)
+    monkeypatch.setattr("storage.engine._PAUSE_SECONDS", 0.0)
+    store = open_storage(store_url)
+    engine = sql_engine(store)
+    with engine.connect() as connection:
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+    admin = create_engine(store_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as other:
+        other.exec_driver_sql(f"SELECT pg_terminate_backend({pid}, 5000)")
+    admin.dispose()
+    assert store.get_study_id_from_name("study") == study._study_id
+
+
 def test_rows_are_renewed_in_databases_without_an_upsert_of_their_own(tmp_path: Path) -> None:
     study = optuna.create_study(storage=open_storage(url(tmp_path)))
     engine = create_engine(url(tmp_path))
