@@ -265,12 +265,17 @@ def reading() -> Iterator[None]:
 
     For those of Optuna's own sessions, which know no execution options.
     """
-    before = getattr(_reading, "on", False)
+    before = is_reading()
     _reading.on = True
     try:
         yield
     finally:
         _reading.on = before
+
+
+def is_reading() -> bool:
+    """Whether this thread is within :func:`reading`."""
+    return bool(getattr(_reading, "on", False))
 
 
 def reader_options(engine: Engine) -> dict[str, Any]:
@@ -433,7 +438,7 @@ def _set_synchronous(connection: sqlite3.Connection, record: object) -> None:
 
 def _begin(connection: Connection) -> None:
     options = connection.get_execution_options()
-    if options.get(READ_ONLY_OPTION) or getattr(_reading, "on", False):
+    if options.get(READ_ONLY_OPTION) or is_reading():
         _begin_reading(connection)
     else:
         _execute(connection, "BEGIN IMMEDIATE")
