@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -23,14 +24,19 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage, RDBStorage
+    from optuna.storages import BaseStorage
     from sqlalchemy.engine import URL, Connection, Engine
+
+    from storage.database import Database
 
 LOCK_TIMEOUT_SECONDS = 60.0
 """How long one SQLite operation waits for other processes before it fails as "locked"."""
 
 READ_ONLY_OPTION = "sweep_read_only"
 """Connection execution option: this transaction reads, so it must not take the write lock."""
+
+_PAUSE_SECONDS = 2.0
+_reading = threading.local()
 
 _CREATE_ATTEMPTS = 12
 # Seconds, but for the last, in milliseconds.
@@ -260,13 +266,45 @@ def sql_engine(storage: BaseStorage) -> Engine:
     return backend.engine
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """Let the transactions that this thread begins within the block be readers.
+
+    For those of Optuna's own sessions, which know no execution options.
+    """
+    before = is_reading()
+    _reading.on = True
+    try:
+        yield
+    finally:
+        _reading.on = before
+
+
+def is_reading() -> bool:
+    """Whether this thread is within :func:`reading`."""
+    return bool(getattr(_reading, "on", False))
+
+
+def reader_options(engine: Engine) -> dict[str, Any]:
+    """Return the execution options of a connection that only reads.
+
+    On SQLite its queries see one moment; on a server each sees its own, in no transaction, which
+    would be two more trips to it.
+    """
+    options: dict[str, Any] = {READ_ONLY_OPTION: True}
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "AUTOCOMMIT"
+    return options
+
+
 # --- SQLite -------------------------------------------------------------------------------------
 
 
 def _open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
     from filelock import FileLock, Timeout
-    from optuna.storages import get_storage
     from sqlalchemy import event
+
+    from storage.database import CachedDatabase
 
     _check_file(file)
     lock_file = file.with_name(file.name + ".lock")
@@ -292,13 +330,14 @@ def _open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
     event.listen(storage.engine, "begin", _begin)
     # The pooled connection from construction has not seen the events.
     storage.engine.dispose()
-    return get_storage(storage)
+    return CachedDatabase(storage)
 
 
 def _open_sqlite_read_only(file: Path) -> BaseStorage:
-    from optuna.storages import get_storage
     from sqlalchemy import event
     from sqlalchemy.engine import URL
+
+    from storage.database import CachedDatabase
 
     if not file.is_file():
         _check_file(file)
@@ -325,7 +364,7 @@ def _open_sqlite_read_only(file: Path) -> BaseStorage:
     )
     event.listen(storage.engine, "begin", _begin_reading)
     storage.engine.dispose()
-    return get_storage(storage)
+    return CachedDatabase(storage)
 
 
 def _check_file(file: Path) -> None:
@@ -405,22 +444,35 @@ def _set_synchronous(connection: sqlite3.Connection, record: object) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    reads = connection.get_execution_options().get(READ_ONLY_OPTION)
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    if options.get(READ_ONLY_OPTION) or is_reading():
+        _begin_reading(connection)
+    else:
+        _execute(connection, "BEGIN IMMEDIATE")
 
 
 def _begin_reading(connection: Connection) -> None:
     # One snapshot for all queries of a read, so that no trial is seen half-written.
-    connection.exec_driver_sql("BEGIN")
+    _execute(connection, "BEGIN")
+
+
+def _execute(connection: Connection, statement: str) -> None:
+    """Execute a statement without SQLAlchemy's preparations, which take ten times as long."""
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        connection.connection.execute(statement)
+    except sqlite3.Error as error:
+        raise DBAPIError.instance(statement, (), error, sqlite3.Error) from error
 
 
 # --- database servers ---------------------------------------------------------------------------
 
 
 def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
-    from optuna.storages import get_storage
+    from storage.database import CachedDatabase
 
-    options: dict[str, Any] = {"pool_pre_ping": True}
+    options: dict[str, Any] = {"pool_pre_ping": False}  # but see _ping_after_a_pause
     if url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
         # Nobody waits for ever for a machine that is gone.
         args = {k: v for k, v in _LIBPQ_LIMITS.items() if k not in url.query}
@@ -429,16 +481,45 @@ def _open_server(url: URL, *, read_only: bool) -> BaseStorage:
         options["execution_options"] = {"postgresql_readonly": True}
     text = url.render_as_string(hide_password=False)
     place = url.render_as_string(hide_password=True)
-    return get_storage(_rdb_storage(text, options, place=place, create=not read_only))
+    storage = _rdb_storage(text, options, place=place, create=not read_only)
+    _ping_after_a_pause(storage.engine)
+    return CachedDatabase(storage)
 
 
-def _rdb_storage(
-    url: str, options: dict[str, Any], *, place: str, create: bool = True
-) -> RDBStorage:
+def _ping_after_a_pause(engine: Engine) -> None:
+    """Ask a connection that nobody used for a while whether it still is one.
+
+    SQLAlchemy would ask before each transaction, which is one more trip to the server. One that
+    breaks between two transactions in a row fails as within one (:mod:`storage.retries`).
+    """
+    from sqlalchemy import event
+    from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+
+    def used(connection: Any, record: Any) -> None:
+        record.info["used"] = time.monotonic()
+
+    def ask(connection: Any, record: Any, proxy: Any) -> None:
+        if time.monotonic() - record.info.get("used", time.monotonic()) < _PAUSE_SECONDS:
+            return
+        driver = engine.dialect.dbapi
+        assert driver is not None
+        try:
+            alive = engine.dialect.do_ping(connection)
+        except (DBAPIError, driver.Error):
+            alive = False
+        if not alive:
+            raise InvalidatePoolError
+
+    event.listen(engine, "checkin", used)
+    event.listen(engine, "checkout", ask)
+
+
+def _rdb_storage(url: str, options: dict[str, Any], *, place: str, create: bool = True) -> Database:
     """Construct Optuna's storage; ``place`` names it in messages (no password)."""
     from optuna.exceptions import StorageInternalError
-    from optuna.storages import RDBStorage
     from sqlalchemy.exc import DBAPIError, NoSuchModuleError
+
+    from storage.database import Database
 
     # Optuna takes the URL for a format string.
     template = url.replace("{", "{{").replace("}", "}}")
@@ -446,7 +527,7 @@ def _rdb_storage(
     while True:
         attempt += 1
         try:
-            return RDBStorage(template, engine_kwargs=options, skip_table_creation=not create)
+            return Database(template, engine_kwargs=options, skip_table_creation=not create)
         except (ImportError, NoSuchModuleError) as error:
             raise StorageError(_missing_driver(url)) from error
         except (DBAPIError, StorageInternalError, AssertionError) as error:

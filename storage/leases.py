@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def process_stat(pid: int) -> tuple[str, int] | None:
         return fields[0], int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
+
+
+@lru_cache(maxsize=1)
+def start_of(pid: int) -> int | None:
+    """Return the start time of this process, as :func:`process_stat`; the id tells a fork."""
+    stat = process_stat(pid)
+    return None if stat is None else stat[1]
 
 
 def process_gone(pid: int, start: int | None) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SERVICE = "sweep.Claims"
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when the two sides of :data:`SERVICE` would misunderstand each other."""
 
 CALL_SECONDS = 120.0
@@ -277,7 +277,7 @@ class RemoteTrialTable:
     def finish(
         self,
         trial_id: int,
-        old: str,
+        token: str,
         state: TrialState,
         value: float | None,
         user_attrs: Mapping[str, Any],
@@ -286,7 +286,7 @@ class RemoteTrialTable:
         """RUNNING → ``state``."""
         return bool(
             self._call(
-                "finish", trial_id=trial_id, old=old, state=state.name, value=value,
+                "finish", trial_id=trial_id, token=token, state=state.name, value=value,
                 user_attrs=dict(user_attrs), system_attrs=dict(system_attrs),
             )
         )  # fmt: skip

@@ -92,7 +92,7 @@ class StoreServer:
         )
         table = TrialTable(sql_engine(self._storage))
         api_pb2_grpc.add_StorageServiceServicer_to_server(
-            _OptunaService(self._storage, table), self._server
+            OptunaStorageProxyService(self._storage), self._server
         )
         claims = _Claims(self._storage, table, url, self._stopping)
         self._server.add_generic_rpc_handlers((claims.handler(),))
@@ -128,22 +128,6 @@ def _check_port(host: str, port: int) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
-
-
-class _OptunaService(OptunaStorageProxyService):
-    def __init__(self, storage: BaseStorage, table: TrialTable) -> None:
-        super().__init__(storage)
-        self._table = table
-
-    def SetTrialParameter(self, request: Any, context: Any) -> Any:  # noqa: N802
-        # Optuna's cache refuses parameters for a trial that it has never read, as after a
-        # restart of this process in the middle of a trial.
-        known = getattr(self._backend, "_trial_id_to_study_id_and_number", {})
-        if request.trial_id not in known:
-            study_id = self._table.study_of(request.trial_id)
-            if study_id is not None:
-                self._backend.get_all_trials(study_id, deepcopy=False)
-        return super().SetTrialParameter(request, context)
 
 
 _AS_IT_IS = ("take", "create", "set_params", "forget_steps", "beat", "report")
@@ -221,13 +205,15 @@ class _Claims:
     def _finish(
         self,
         trial_id: int,
-        old: str,
+        token: str,
         state: str,
         value: float | None,
         user_attrs: dict[str, Any],
         system_attrs: dict[str, Any],
     ) -> bool:
-        return self._table.finish(trial_id, old, TrialState[state], value, user_attrs, system_attrs)
+        return self._table.finish(
+            trial_id, token, TrialState[state], value, user_attrs, system_attrs
+        )
 
     def _exclusive(self, request: Any, context: Any) -> Iterator[bool]:
         """Answer True and hold the store's lock until the client goes; False if it is held."""

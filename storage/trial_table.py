@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from storage.engine import READ_ONLY_OPTION, StorageError
+from storage.engine import StorageError, reader_options
 from storage.leases import LEASE_ATTR, count, parse_lease, released
 
 if TYPE_CHECKING:
     from optuna.trial import TrialState
-    from sqlalchemy import ColumnElement, Table
+    from sqlalchemy import ColumnElement, Executable, Select, Table
     from sqlalchemy.engine import Connection, Engine
 
 _CANDIDATES = 32
@@ -47,6 +47,175 @@ def _utc_now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
+class _Statements:
+    """The statements of :class:`TrialTable`, built once: building takes longer than running."""
+
+    def __init__(self, dialect: str) -> None:
+        from optuna.storages._rdb import models
+        from optuna.trial import TrialState
+        from sqlalchemy import and_, bindparam, delete, func, insert, select, update
+
+        self.trials: Table = models.TrialModel.__table__
+        self.attrs: Table = models.TrialSystemAttributeModel.__table__
+        self._waiting: dict[tuple[int, ...], Select[Any]] = {}
+        self._finished: dict[tuple[int, ...], Select[Any]] = {}
+        studies: Table = models.StudyModel.__table__
+        user_attrs: Table = models.TrialUserAttributeModel.__table__
+        values: Table = models.TrialValueModel.__table__
+        params: Table = models.TrialParamModel.__table__
+        steps: Table = models.TrialIntermediateValueModel.__table__
+        trials, attrs = self.trials, self.attrs
+        one: Any = bindparam("id")
+        of_studies: Any = bindparam("studies", expanding=True)
+        is_one = trials.c.trial_id == one
+        is_lease = and_(attrs.c.trial_id == one, attrs.c.key == LEASE_ATTR)
+        lease = attrs.c.value_json
+        with_lease = trials.outerjoin(
+            attrs, and_(attrs.c.trial_id == trials.c.trial_id, attrs.c.key == LEASE_ATTR)
+        )
+
+        started = trials.c.datetime_start
+        self.running = (
+            select(trials.c.study_id, trials.c.trial_id, trials.c.number, started, lease)
+            .select_from(with_lease)
+            .where(trials.c.study_id.in_(of_studies), trials.c.state == TrialState.RUNNING)
+        )
+        self.totals = (
+            select(trials.c.study_id, func.count())
+            .where(trials.c.study_id.in_(of_studies))
+            .group_by(trials.c.study_id)
+        )
+        self.state_and_lease = select(trials.c.state, lease).select_from(with_lease).where(is_one)
+        self.lease = select(lease).where(is_lease)
+        self.locked_lease = (
+            select(trials.c.state, lease)
+            .join_from(attrs, trials, attrs.c.trial_id == trials.c.trial_id)
+            .where(is_lease)
+            .with_for_update(of=attrs)
+        )
+        self.locked_study = (
+            select(studies.c.study_id).where(studies.c.study_id == one).with_for_update()
+        )
+        self.total = select(func.count()).where(trials.c.study_id == one)
+        self.numbered = select(trials.c.trial_id).where(
+            trials.c.study_id == one, trials.c.number == bindparam("number")
+        )
+        self.add_trial = insert(trials).values(state=TrialState.RUNNING)
+        self.take = (
+            update(trials)
+            .where(is_one, trials.c.state == TrialState.WAITING)
+            .values(state=TrialState.RUNNING, datetime_start=bindparam("started"))
+        )
+        self.finish = (
+            update(trials)
+            .where(is_one, trials.c.state == TrialState.RUNNING)
+            .values(state=bindparam("to"), datetime_complete=bindparam("completed"))
+        )
+        self.set_lease = update(attrs).where(is_lease).values(value_json=bindparam("new"))
+        self.swap_lease = self.set_lease.where(lease == bindparam("old"))
+        self.add_attr = insert(attrs)
+        self.add_value = insert(values).values(
+            objective=0, value_type=models.TrialValueModel.TrialValueType.FINITE
+        )
+        self.param_names = select(params.c.param_name).where(params.c.trial_id == one)
+        self.add_params = insert(params)
+        self.forget_steps = delete(steps).where(
+            steps.c.trial_id == one, steps.c.step > bindparam("after")
+        )
+        self.set_step = _Upsert(
+            dialect, steps, ("trial_id", "step"), ("intermediate_value", "intermediate_value_type")
+        )
+        self.finite_step = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+        self.set_attr = _Upsert(dialect, attrs, ("trial_id", "key"), ("value_json",))
+        self.set_user_attr = _Upsert(dialect, user_attrs, ("trial_id", "key"), ("value_json",))
+
+    def _below_budget(self, studies: Sequence[int]) -> ColumnElement[bool]:
+        from sqlalchemy import and_, bindparam, or_
+
+        columns = self.trials.c
+        return or_(
+            *[
+                and_(columns.study_id == study, columns.number < bindparam(f"budget_{study}"))
+                for study in studies
+            ]
+        )
+
+    def waiting(self, studies: tuple[int, ...]) -> Select[Any]:
+        """Those below the budgets, the lowest numbers first."""
+        from optuna.trial import TrialState
+        from sqlalchemy import select
+
+        if studies not in self._waiting:
+            columns = self.trials.c
+            self._waiting[studies] = (
+                select(columns.number, columns.study_id, columns.trial_id)
+                .where(columns.state == TrialState.WAITING, self._below_budget(studies))
+                .order_by(columns.number)
+                .limit(_CANDIDATES + len(studies))
+            )
+        return self._waiting[studies]
+
+    def finished(self, studies: tuple[int, ...]) -> Select[Any]:
+        """How many below the budgets are finished."""
+        from optuna.trial import TrialState
+        from sqlalchemy import func, select
+
+        if studies not in self._finished:
+            states = [state for state in TrialState if state.is_finished()]
+            self._finished[studies] = select(func.count()).where(
+                self.trials.c.state.in_(states), self._below_budget(studies)
+            )
+        return self._finished[studies]
+
+
+class _Upsert:
+    """Inserts a row, or changes the one that has the same keys.
+
+    Args:
+        dialect: SQLAlchemy's name of the database.
+        table: one with a unique index on the keys.
+        keys: columns.
+        columns: what changes.
+    """
+
+    def __init__(
+        self, dialect: str, table: Table, keys: Sequence[str], columns: Sequence[str]
+    ) -> None:
+        from sqlalchemy import and_, bindparam, insert, update
+
+        self._at_once: Executable | None = None
+        is_it = and_(*[table.c[key] == bindparam(f"its_{key}") for key in keys])
+        new: dict[str, Any] = {name: bindparam(f"new_{name}") for name in columns}
+        self._keys, self._columns = keys, columns
+        self._insert, self._update = insert(table), update(table).where(is_it).values(**new)
+        if dialect in ("mysql", "mariadb"):
+            from sqlalchemy.dialects import mysql
+
+            add = mysql.insert(table)
+            changes = {name: add.inserted[name] for name in columns}
+            self._at_once = add.on_duplicate_key_update(**changes)
+        elif dialect in ("sqlite", "postgresql"):
+            from sqlalchemy.dialects import postgresql, sqlite
+
+            offered = (sqlite if dialect == "sqlite" else postgresql).insert(table)
+            self._at_once = offered.on_conflict_do_update(
+                index_elements=list(keys), set_={name: offered.excluded[name] for name in columns}
+            )
+
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store rows, each with all keys and columns."""
+        if not rows:
+            return
+        if self._at_once is not None:
+            connection.execute(self._at_once, rows)
+            return
+        for row in rows:
+            renamed = {f"its_{key}": row[key] for key in self._keys}
+            renamed |= {f"new_{name}": row[name] for name in self._columns}
+            if connection.execute(self._update, renamed).rowcount == 0:
+                connection.execute(self._insert, row)
+
+
 class TrialTable:
     """The transactions on a trial's state and lease. Each is atomic and checks what it changes.
 
@@ -55,78 +224,30 @@ class TrialTable:
     """
 
     def __init__(self, engine: Engine) -> None:
-        from optuna.storages._rdb import models
-
         self._engine = engine
-        self._studies: Table = models.StudyModel.__table__
-        self._trials: Table = models.TrialModel.__table__
-        self._attrs: Table = models.TrialSystemAttributeModel.__table__
-        self._user_attrs: Table = models.TrialUserAttributeModel.__table__
-        self._values: Table = models.TrialValueModel.__table__
-        self._params: Table = models.TrialParamModel.__table__
-        self._intermediate: Table = models.TrialIntermediateValueModel.__table__
-        self._finite = models.TrialValueModel.TrialValueType.FINITE
-        self._finite_step = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+        self._sql = _Statements(engine.dialect.name)
+        self._reader_options = reader_options(engine)
 
     def _reading(self) -> AbstractContextManager[Connection]:
-        return self._engine.connect().execution_options(**{READ_ONLY_OPTION: True})
-
-    def _below_budget(self, studies: Sequence[tuple[int, int]]) -> ColumnElement[bool]:
-        from sqlalchemy import and_, or_
-
-        columns = self._trials.c
-        return or_(
-            *[and_(columns.study_id == study, columns.number < budget) for study, budget in studies]
-        )
+        return self._engine.connect().execution_options(**self._reader_options)
 
     def running(self, study_ids: Sequence[int]) -> list[RunningTrial]:
         """List the running trials with their lease as stored."""
-        from optuna.trial import TrialState
-        from sqlalchemy import and_, select
-
-        trials, attrs = self._trials.c, self._attrs.c
-        query = (
-            select(
-                trials.study_id,
-                trials.trial_id,
-                trials.number,
-                trials.datetime_start,
-                attrs.value_json,
-            )
-            .select_from(
-                self._trials.outerjoin(
-                    self._attrs, and_(attrs.trial_id == trials.trial_id, attrs.key == LEASE_ATTR)
-                )
-            )
-            .where(trials.study_id.in_(study_ids), trials.state == TrialState.RUNNING)
-        )
         with self._reading() as connection:
-            return [RunningTrial(*row) for row in connection.execute(query)]
+            rows = connection.execute(self._sql.running, {"studies": list(study_ids)})
+            return [RunningTrial(*row) for row in rows]
 
     def candidates(self, studies: Sequence[tuple[int, int]]) -> list[Candidate]:
         """List what may be claimed, best first: lowest number, then the study's position."""
-        from optuna.trial import TrialState
-        from sqlalchemy import func, select
-
-        trials = self._trials.c
         positions = {study: position for position, (study, _) in enumerate(studies)}
-        waiting = (
-            select(trials.number, trials.study_id, trials.trial_id)
-            .where(trials.state == TrialState.WAITING, self._below_budget(studies))
-            .order_by(trials.number)
-            .limit(_CANDIDATES + len(studies))
-        )
-        totals = (
-            select(trials.study_id, func.count())
-            .where(trials.study_id.in_(list(positions)))
-            .group_by(trials.study_id)
-        )
         with self._reading() as connection:
+            waiting = connection.execute(self._sql.waiting(tuple(positions)), _budgets(studies))
             found = [
                 Candidate(number, positions[study_id], study_id, trial_id)
-                for number, study_id, trial_id in connection.execute(waiting)
+                for number, study_id, trial_id in waiting
             ]
-            counts = {int(row[0]): int(row[1]) for row in connection.execute(totals)}
+            totals = connection.execute(self._sql.totals, {"studies": list(positions)})
+            counts = {int(row[0]): int(row[1]) for row in totals}
         found += [
             Candidate(counts.get(study_id, 0), position, study_id, None)
             for position, (study_id, budget) in enumerate(studies)
@@ -136,25 +257,10 @@ class TrialTable:
 
     def unfinished(self, studies: Sequence[tuple[int, int]]) -> int:
         """Count the trials below the budgets, existing or not, that are not finished."""
-        from optuna.trial import TrialState
-        from sqlalchemy import func, select
-
-        finished = [state for state in TrialState if state.is_finished()]
-        query = select(func.count()).where(
-            self._trials.c.state.in_(finished), self._below_budget(studies)
-        )
+        query = self._sql.finished(tuple(study for study, _ in studies))
         with self._reading() as connection:
-            done = connection.execute(query).scalar_one()
+            done = connection.execute(query, _budgets(studies)).scalar_one()
         return sum(budget for _, budget in studies) - int(done)
-
-    def study_of(self, trial_id: int) -> int | None:
-        """Return the study of a trial; None if there is no such trial."""
-        from sqlalchemy import select
-
-        columns = self._trials.c
-        query = select(columns.study_id).where(columns.trial_id == trial_id)
-        with self._reading() as connection:
-            return connection.execute(query).scalar()
 
     def read(self, trial_id: int) -> tuple[TrialState, str | None] | None:
         """Return a trial's state and its lease as stored; None if there is no such trial."""
@@ -162,18 +268,7 @@ class TrialTable:
             return self._read(connection, trial_id)
 
     def _read(self, connection: Connection, trial_id: int) -> tuple[TrialState, str | None] | None:
-        from sqlalchemy import and_, select
-
-        trials, attrs = self._trials.c, self._attrs.c
-        row = connection.execute(
-            select(trials.state, attrs.value_json)
-            .select_from(
-                self._trials.outerjoin(
-                    self._attrs, and_(attrs.trial_id == trials.trial_id, attrs.key == LEASE_ATTR)
-                )
-            )
-            .where(trials.trial_id == trial_id)
-        ).one_or_none()
+        row = connection.execute(self._sql.state_and_lease, {"id": trial_id}).one_or_none()
         return None if row is None else (row[0], row[1])
 
     def take(self, trial_id: int, lease: dict[str, Any]) -> dict[str, Any] | None:
@@ -182,226 +277,164 @@ class TrialTable:
         Repeated with the same token, after an answer that was lost, it returns what it wrote.
         """
         from optuna.trial import TrialState
-        from sqlalchemy import insert, select, update
 
-        trials, attrs = self._trials, self._attrs
         with self._engine.begin() as connection:
-            taken = connection.execute(
-                update(trials)
-                .where(trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING)
-                .values(state=TrialState.RUNNING, datetime_start=_utc_now())
-            )
+            taken = connection.execute(self._sql.take, {"id": trial_id, "started": _utc_now()})
             if taken.rowcount != 1:
                 row = self._read(connection, trial_id)
                 held = parse_lease(row[1]) if row and row[0] == TrialState.RUNNING else {}
                 return held if held.get("token") == lease["token"] else None
-            is_lease = (attrs.c.trial_id == trial_id) & (attrs.c.key == LEASE_ATTR)
-            text = connection.execute(select(attrs.c.value_json).where(is_lease)).scalar()
+            text = connection.execute(self._sql.lease, {"id": trial_id}).scalar()
             before = parse_lease(text)
             lease = lease | {
                 "attempt": count(before, "attempt") + 1,
                 "deaths": count(before, "deaths"),
             }
             if text is None:
-                connection.execute(
-                    insert(attrs).values(
-                        trial_id=trial_id, key=LEASE_ATTR, value_json=json.dumps(lease)
-                    )
-                )
+                self._add_lease(connection, trial_id, json.dumps(lease))
             else:
-                connection.execute(
-                    update(attrs).where(is_lease).values(value_json=json.dumps(lease))
-                )
+                new = {"id": trial_id, "new": json.dumps(lease)}
+                connection.execute(self._sql.set_lease, new)
             return lease
+
+    def _add_lease(self, connection: Connection, trial_id: int, text: str) -> None:
+        row = {"trial_id": trial_id, "key": LEASE_ATTR, "value_json": text}
+        connection.execute(self._sql.add_attr, row)
 
     def create(self, study_id: int, number: int, lease: dict[str, Any]) -> int | None:
         """Create the trial with that number, already held. None if the number is taken.
 
         Repeated with the same token, after an answer that was lost, it finds what it created.
         """
-        from optuna.trial import TrialState
-        from sqlalchemy import func, insert, select
-
-        trials, studies = self._trials, self._studies
         with self._engine.begin() as connection:
             # Optuna locks the same row when it numbers a new trial.
-            study = connection.execute(
-                select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update()
-            ).one_or_none()
+            study = connection.execute(self._sql.locked_study, {"id": study_id}).one_or_none()
             if study is None:
                 raise StorageError(f"study {study_id} does not exist any more; it was deleted")
-            total = connection.execute(
-                select(func.count()).where(trials.c.study_id == study_id)
-            ).scalar_one()
+            total = connection.execute(self._sql.total, {"id": study_id}).scalar_one()
             if total != number:
                 return self._created(connection, study_id, number, lease["token"])
-            result = connection.execute(
-                insert(trials).values(
-                    study_id=study_id,
-                    number=number,
-                    state=TrialState.RUNNING,
-                    datetime_start=_utc_now(),
-                )
-            )
-            key = result.inserted_primary_key
+            row = {"study_id": study_id, "number": number, "datetime_start": _utc_now()}
+            key = connection.execute(self._sql.add_trial, row).inserted_primary_key
             assert key is not None
             trial_id = int(key[0])
-            connection.execute(
-                insert(self._attrs).values(
-                    trial_id=trial_id, key=LEASE_ATTR, value_json=json.dumps(lease)
-                )
-            )
+            self._add_lease(connection, trial_id, json.dumps(lease))
             return trial_id
 
     def _created(
         self, connection: Connection, study_id: int, number: int, token: str
     ) -> int | None:
         """Return the trial with that number if it is held with that token."""
-        from sqlalchemy import select
-
-        columns = self._trials.c
-        trial_id = connection.execute(
-            select(columns.trial_id).where(columns.study_id == study_id, columns.number == number)
-        ).scalar()
+        where = {"id": study_id, "number": number}
+        trial_id = connection.execute(self._sql.numbered, where).scalar()
         row = None if trial_id is None else self._read(connection, trial_id)
         ours = row is not None and parse_lease(row[1]).get("token") == token
         return trial_id if ours else None
 
     def _swap(self, connection: Connection, trial_id: int, old: str | None, new: str) -> bool:
         """Replace the lease if it still is ``old``, compared as the JSON text in the row."""
-        from sqlalchemy import insert, update
         from sqlalchemy.exc import IntegrityError
 
-        attrs = self._attrs
         if old is None:
             try:
                 with connection.begin_nested():
-                    connection.execute(
-                        insert(attrs).values(trial_id=trial_id, key=LEASE_ATTR, value_json=new)
-                    )
+                    self._add_lease(connection, trial_id, new)
             except IntegrityError:
                 return False
             return True
-        swapped = connection.execute(
-            update(attrs)
-            .where(
-                attrs.c.trial_id == trial_id,
-                attrs.c.key == LEASE_ATTR,
-                attrs.c.value_json == old,
-            )
-            .values(value_json=new)
-        )
-        return bool(swapped.rowcount == 1)
+        values = {"id": trial_id, "old": old, "new": new}
+        return bool(connection.execute(self._sql.swap_lease, values).rowcount == 1)
 
-    def _leave_running(
-        self,
-        trial_id: int,
-        old: str | None,
-        new: dict[str, Any],
-        *,
-        state: TrialState,
-        value: float | None = None,
-        started: datetime | None = None,
-        completed: datetime | None = None,
-        user_attrs: Mapping[str, Any] | None = None,
-        system_attrs: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """RUNNING → ``state`` if the lease still is ``old``, else change nothing."""
+    def _held(self, connection: Connection, trial_id: int, token: str) -> str | None:
+        """Lock the lease with that token and return it; None if the trial is not its any more.
+
+        Nobody takes the trial over before this transaction ends.
+        """
         from optuna.trial import TrialState
-        from sqlalchemy import insert, update
 
-        trials, values = self._trials, self._values
-        times = {"datetime_start": None} if completed is None else {"datetime_complete": completed}
-        conditions = [trials.c.trial_id == trial_id, trials.c.state == TrialState.RUNNING]
-        if old is None:
-            conditions.append(trials.c.datetime_start == started)
-        with self._engine.connect() as connection, connection.begin() as transaction:
-            changed = self._swap(connection, trial_id, old, json.dumps(new)) and (
-                connection.execute(
-                    update(trials).where(*conditions).values(state=state, **times)
-                ).rowcount
-                == 1
-            )
-            if not changed:
-                transaction.rollback()
-                return False
-            if value is not None:
-                connection.execute(
-                    insert(values).values(
-                        trial_id=trial_id, objective=0, value=value, value_type=self._finite
-                    )
-                )
-            self._set_attrs(connection, self._user_attrs, trial_id, user_attrs or {})
-            self._set_attrs(connection, self._attrs, trial_id, system_attrs or {})
-        return True
-
-    def _set_attrs(
-        self, connection: Connection, table: Table, trial_id: int, attrs: Mapping[str, Any]
-    ) -> None:
-        from sqlalchemy import insert, update
-
-        for key, value in attrs.items():
-            text = json.dumps(value)
-            is_it = (table.c.trial_id == trial_id) & (table.c.key == key)
-            if connection.execute(update(table).where(is_it).values(value_json=text)).rowcount == 0:
-                connection.execute(
-                    insert(table).values(trial_id=trial_id, key=key, value_json=text)
-                )
+        row = connection.execute(self._sql.locked_lease, {"id": trial_id}).one_or_none()
+        # The state may be older than a lock that was waited for; a lease that has ended says so.
+        if row is None or row[0] != TrialState.RUNNING:
+            return None
+        lease = parse_lease(row[1])
+        held = lease.get("token") == token and "finished" not in lease
+        return row[1] if held else None
 
     def requeue(
         self, trial_id: int, old: str | None, *, died: bool, started: datetime | None = None
     ) -> bool:
         """RUNNING → WAITING if the lease still is ``old``, and for no lease, ``started`` too."""
         from optuna.trial import TrialState
+        from sqlalchemy import update
 
-        return self._leave_running(
-            trial_id, old, released(old, died=died), state=TrialState.WAITING, started=started
+        trials = self._sql.trials
+        conditions = [trials.c.trial_id == trial_id, trials.c.state == TrialState.RUNNING]
+        if old is None:
+            conditions.append(trials.c.datetime_start == started)
+        put_back = (
+            update(trials).where(*conditions).values(state=TrialState.WAITING, datetime_start=None)
         )
+        new = json.dumps(released(old, died=died))
+        with self._engine.connect() as connection, connection.begin() as transaction:
+            if self._swap(connection, trial_id, old, new) and (
+                connection.execute(put_back).rowcount == 1
+            ):
+                return True
+            transaction.rollback()
+            return False
 
     def finish(
         self,
         trial_id: int,
-        old: str,
+        token: str,
         state: TrialState,
         value: float | None,
         user_attrs: Mapping[str, Any],
         system_attrs: Mapping[str, Any],
     ) -> bool:
-        """RUNNING → ``state`` with ``value`` and attributes if the lease still is ``old``."""
-        before = parse_lease(old)
-        finished = {"finished": state.name, "value": value} | {
-            key: before.get(key) for key in ("worker", "host", "token", "attempt", "deaths")
-        }
-        return self._leave_running(
-            trial_id, old, finished, state=state, value=value, completed=_utc_now(),
-            user_attrs=user_attrs, system_attrs=system_attrs,
+        """RUNNING → ``state`` with ``value`` and attributes if that token's lease holds it.
+
+        Repeated after an answer that was lost, it finds what it wrote.
+        """
+        user_rows, rows = _attr_rows(trial_id, user_attrs), _attr_rows(trial_id, system_attrs)
+        told = {"id": trial_id, "to": state, "completed": _utc_now()}
+        with self._engine.connect() as connection, connection.begin() as transaction:
+            text = self._held(connection, trial_id, token)
+            if text is not None and connection.execute(self._sql.finish, told).rowcount == 1:
+                before = parse_lease(text)
+                finished = {"finished": state.name, "value": value} | {
+                    key: before.get(key) for key in ("worker", "host", "token", "attempt", "deaths")
+                }
+                if value is not None:
+                    row = {"trial_id": trial_id, "value": value}
+                    connection.execute(self._sql.add_value, row)
+                rows += _attr_rows(trial_id, {LEASE_ATTR: finished})
+                self._sql.set_user_attr.run(connection, user_rows)
+                self._sql.set_attr.run(connection, rows)
+                return True
+            transaction.rollback()
+        found = self.read(trial_id)
+        lease = parse_lease(found[1]) if found is not None else {}
+        return (lease.get("token"), lease.get("finished"), lease.get("value")) == (
+            token, state.name, value,
         )  # fmt: skip
 
     def report(
         self, trial_id: int, token: str, step: int, value: float, system_attrs: Mapping[str, Any]
     ) -> bool:
         """Write a step's value and attributes if the lease with that token holds the trial."""
-        from optuna.trial import TrialState
-        from sqlalchemy import insert, select, update
-
-        attrs, steps = self._attrs, self._intermediate
+        rows = _attr_rows(trial_id, system_attrs)
+        what = {
+            "trial_id": trial_id,
+            "step": step,
+            "intermediate_value": value,
+            "intermediate_value_type": self._sql.finite_step,
+        }
         with self._engine.begin() as connection:
-            # Locked, so that nobody takes the trial over before the step is written.
-            text = connection.execute(
-                select(attrs.c.value_json)
-                .where(attrs.c.trial_id == trial_id, attrs.c.key == LEASE_ATTR)
-                .with_for_update()
-            ).scalar()
-            state = connection.execute(
-                select(self._trials.c.state).where(self._trials.c.trial_id == trial_id)
-            ).scalar()
-            if state != TrialState.RUNNING or parse_lease(text).get("token") != token:
+            if self._held(connection, trial_id, token) is None:
                 return False
-            what = {"intermediate_value": value, "intermediate_value_type": self._finite_step}
-            is_it = (steps.c.trial_id == trial_id) & (steps.c.step == step)
-            if connection.execute(update(steps).where(is_it).values(**what)).rowcount == 0:
-                connection.execute(insert(steps).values(trial_id=trial_id, step=step, **what))
-            self._set_attrs(connection, attrs, trial_id, system_attrs)
+            self._sql.set_step.run(connection, [what])
+            self._sql.set_attr.run(connection, rows)
             return True
 
     def set_params(self, trial_id: int, token: str, params: Sequence[Sequence[Any]]) -> bool:
@@ -412,24 +445,10 @@ class TrialTable:
             token: of the lease that must still be held.
             params: name, value in Optuna's internal representation, distribution as JSON.
         """
-        from optuna.trial import TrialState
-        from sqlalchemy import insert, select
-
-        attrs, columns = self._attrs.c, self._params.c
         with self._engine.begin() as connection:
-            # The lock on the lease's row holds off whoever would take the trial over.
-            connection.execute(
-                select(attrs.value_json)
-                .where(attrs.trial_id == trial_id, attrs.key == LEASE_ATTR)
-                .with_for_update()
-            )
-            row = self._read(connection, trial_id)
-            if row is None or row[0] != TrialState.RUNNING:
+            if self._held(connection, trial_id, token) is None:
                 return False
-            if parse_lease(row[1]).get("token") != token:
-                return False
-            query = select(columns.param_name).where(columns.trial_id == trial_id)
-            known = set(connection.execute(query).scalars())
+            known = set(connection.execute(self._sql.param_names, {"id": trial_id}).scalars())
             new = [
                 {
                     "trial_id": trial_id,
@@ -441,18 +460,13 @@ class TrialTable:
                 if name not in known
             ]
             if new:
-                connection.execute(insert(self._params), new)
+                connection.execute(self._sql.add_params, new)
         return True
 
     def forget_steps(self, trial_id: int, after: int) -> None:
         """Delete the intermediate values beyond a step."""
-        from sqlalchemy import delete
-
-        columns = self._intermediate.c
         with self._engine.begin() as connection:
-            connection.execute(
-                delete(self._intermediate).where(columns.trial_id == trial_id, columns.step > after)
-            )
+            connection.execute(self._sql.forget_steps, {"id": trial_id, "after": after})
 
     def beat(self, trial_id: int, token: str) -> bool:
         """Raise the beat of the lease with that token; False if the trial is not its any more."""
@@ -467,3 +481,15 @@ class TrialTable:
                 return False
             new = json.dumps(lease | {"beat": count(lease, "beat") + 1})
             return self._swap(connection, trial_id, row[1], new)
+
+
+def _budgets(studies: Sequence[tuple[int, int]]) -> dict[str, int]:
+    return {f"budget_{study}": budget for study, budget in studies}
+
+
+def _attr_rows(trial_id: int, attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an attribute table, written out before anything is locked."""
+    return [
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        for key, value in attrs.items()
+    ]

@@ -27,12 +27,11 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from storage.engine import sql_engine
-from storage.leases import host_id, parse_lease, process_gone, process_stat
+from storage.leases import host_id, parse_lease, process_gone, start_of
 from storage.retries import outages, with_retries
 from storage.trial_table import Candidate, RunningTrial, TrialTable
 
@@ -129,15 +128,6 @@ class TrialQueue:
             return None
         with self._lock:
             self._held[claim.trial_id] = claim
-        try:
-            # Optuna's cache refuses parameters for a trial that it has never read.
-            with_retries(lambda: self._storage.get_all_trials(claim.study_id, deepcopy=False))
-        except BaseException:
-            # Nobody will run it, and this process may live on for long: do not sit on it.
-            self._forget(claim)
-            with suppress(Exception):
-                self._release(claim)
-            raise
         return claim
 
     def _claim(self, studies: Sequence[tuple[int, int]], token: str) -> Claim | None:
@@ -159,12 +149,11 @@ class TrialQueue:
 
     def _take(self, candidate: Candidate, token: str) -> Claim | None:
         pid = os.getpid()
-        stat = process_stat(pid)
         lease: dict[str, Any] = {
             "worker": self.worker_id,
             "host": self._host,
             "pid": pid,
-            "process_start": None if stat is None else stat[1],
+            "process_start": start_of(pid),
             "token": token,
             "beat": 0,
             "attempt": 1,
@@ -389,26 +378,11 @@ class TrialQueue:
             if not math.isfinite(value):
                 raise ValueError(f"the value must be finite, got {value}; use PRUNED or FAIL")
         attrs = (user_attrs or {}, system_attrs or {})
-        finished = with_retries(lambda: self._finish(claim, state, value, *attrs))
+        finished = with_retries(
+            lambda: self._table.finish(claim.trial_id, claim.token, state, value, *attrs)
+        )
         self._forget(claim)
         return finished
-
-    def _finish(
-        self,
-        claim: Claim,
-        state: TrialState,
-        value: float | None,
-        user_attrs: Mapping[str, Any],
-        system_attrs: Mapping[str, Any],
-    ) -> bool:
-        while (text := self._own_lease(claim)) is not None:
-            if self._table.finish(claim.trial_id, text, state, value, user_attrs, system_attrs):
-                return True
-        # Our own commit may have gone through although its answer was lost.
-        row = self._table.read(claim.trial_id)
-        lease = parse_lease(row[1]) if row is not None else {}
-        result = (lease.get("token"), lease.get("finished"), lease.get("value"))
-        return result == (claim.token, state.name, value)
 
     def _own_lease(self, claim: Claim) -> str | None:
         from optuna.trial import TrialState

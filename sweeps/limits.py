@@ -17,7 +17,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -113,7 +113,12 @@ def request_stop(store: BaseStorage, sweep: StoredSweep) -> None:
 
 def stops(store: BaseStorage, sweep: StoredSweep) -> int:
     """How often the workers of a sweep were asked to end."""
-    count = store.get_study_system_attrs(sweep.studies[0].study_id).get(STOPS, 0)
+    return stops_in(store.get_study_system_attrs(sweep.studies[0].study_id))
+
+
+def stops_in(attrs: Mapping[str, Any]) -> int:
+    """The same, from the system attributes of the sweep's first study."""
+    count = attrs.get(STOPS, 0)
     return count if isinstance(count, int) else 0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value, written
 from sweeps.edits import Edit, edits
@@ -67,10 +67,14 @@ class StoredSweep:
     Attributes:
         spec: the resolved spec.
         studies: in the order of the spec's cells.
+        stored_spec: the spec as it was read.
+        marks: system attributes of the first study, as they stood when it was read.
     """
 
     spec: SweepSpec
     studies: list[SweepStudy]
+    stored_spec: Mapping[str, Any] = field(compare=False)
+    marks: Mapping[str, Any] = field(compare=False)
 
 
 def stored_names(store: BaseStorage) -> list[str]:
@@ -78,8 +82,15 @@ def stored_names(store: BaseStorage) -> list[str]:
     return sorted(name for name, parts in _parts(store).items() if _is_whole(parts))
 
 
-def stored_sweep(store: BaseStorage, name: str) -> StoredSweep:
+def stored_sweep(
+    store: BaseStorage, name: str, *, before: StoredSweep | None = None
+) -> StoredSweep:
     """One sweep of a store.
+
+    Args:
+        store: where it is.
+        name: which one.
+        before: what an earlier call returned; its spec is kept where it is still the stored one.
 
     Raises:
         SweepError: if the store has no sweep of this name.
@@ -91,7 +102,11 @@ def stored_sweep(store: BaseStorage, name: str) -> StoredSweep:
         names = [other for other, its in parts.items() if _is_whole(its)]
         hint = nearest(name, names) if names else "it holds none; sweep start begins one"
         raise SweepError(f"the store has no sweep {name!r}; {hint}")
-    spec = SweepSpec.from_dict(found[0].user_attrs[SPEC])
+    stored = found[0].user_attrs[SPEC]
+    if before is not None and before.stored_spec == stored:
+        spec = before.spec
+    else:
+        spec = SweepSpec.from_dict(stored)
     studies = [
         SweepStudy(
             study._study_id,
@@ -105,7 +120,7 @@ def stored_sweep(store: BaseStorage, name: str) -> StoredSweep:
         )
         for _, study in sorted(found.items())
     ]
-    return StoredSweep(spec, studies)
+    return StoredSweep(spec, studies, stored, found[0].system_attrs)
 
 
 def _parts(store: BaseStorage) -> dict[str, dict[int, FrozenStudy]]:

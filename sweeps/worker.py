@@ -35,7 +35,7 @@ from storage.trials import Claim, LeaseLostError, TrialQueue
 from sweeps import search
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
-from sweeps.limits import Session, spent, stops
+from sweeps.limits import Session, spent, stops, stops_in
 from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
 from sweeps.status import CURVES, FAILURES, OUTCOME, PROGRESS, PROVENANCE, REASON, SECONDS
 from sweeps.studies import LABEL, StoredSweep, SweepStudy, check_fingerprint, stored_sweep
@@ -145,6 +145,8 @@ class Worker:
         self._objectives: dict[tuple[Value, ...], Objective] = {}
         self._failures: list[str] = []
         self._session: Session | None = None
+        self._hold: _Hold | None = None
+        self._keeping = threading.Lock()
         self._stops = 0
 
     def run(self) -> None:
@@ -166,10 +168,23 @@ class Worker:
     def _pull(self) -> None:
         sweep = with_retries(lambda: stored_sweep(self._store, self._name))
         self._session = Session(self._store, sweep, self._options.worker_id)
-        self._stops = with_retries(lambda: stops(self._store, sweep))
+        self._stops = stops_in(sweep.marks)
+        ended = threading.Event()
+        # One for all trials: to begin one for each takes longer than a claim when cores are busy.
+        keeper = threading.Thread(target=self._keep, args=(ended,), name="lease", daemon=True)
+        keeper.start()
+        try:
+            self._pull_trials(sweep)
+        finally:
+            ended.set()
+            keeper.join()
+
+    def _pull_trials(self, sweep: StoredSweep) -> None:
         while not self._stop.is_set():
-            sweep = with_retries(lambda: stored_sweep(self._store, self._name))
-            self._look_for_request(sweep)
+            read = functools.partial(stored_sweep, self._store, self._name, before=sweep)
+            sweep = with_retries(read)
+            if stops_in(sweep.marks) != self._stops:
+                self._stop.set()
             if self._stop.is_set() or self._spent(sweep):
                 return
             studies = [(study.study_id, study.budget) for study in sweep.studies]
@@ -201,45 +216,53 @@ class Worker:
 
     @contextlib.contextmanager
     def _leased(self, sweep: StoredSweep, claim: Claim) -> Iterator[threading.Event]:
-        """Renew the claim's lease from a thread of its own; the event says that it was lost.
-
-        The thread also writes down that the worker is at work, hears of requests to stop, and
-        ends the process when one is not met in time.
-        """
-        lost, done = threading.Event(), threading.Event()
+        """Have the claim's lease renewed within the block; the event says that it was lost."""
         assert self._session is not None
         session = self._session
-        between_beats = self._options.lease_seconds / 4
         with_retries(session.record)
-
-        def keep() -> None:
-            beat = time.monotonic()
-            while not done.wait(min(SIGN_SECONDS, between_beats)):
-                try:
-                    if self._stop.is_set():
-                        self._end_in_time(claim, done)
-                    if lost.is_set():
-                        continue
-                    self._look_for_request(sweep)
-                    if time.monotonic() >= beat + between_beats:
-                        beat = time.monotonic()
-                        self._queue.renew(claim)
-                        with_retries(session.record)
-                except Exception as error:
-                    if not isinstance(error, LeaseLostError | StopRequestedError):
-                        logger.error("cannot renew the lease: %s", _first_line(error))
-                    lost.set()
-
-        thread = threading.Thread(target=keep, name="lease", daemon=True)
-        thread.start()
+        hold = self._hold = _Hold(sweep, claim)
         try:
-            yield lost
+            yield hold.lost
         finally:
-            done.set()
-            thread.join()
+            hold.done.set()
+            with self._keeping:  # what is under way for it ends first
+                self._hold = None
         # Not after an error: a store that stayed away would be waited for once more.
         with contextlib.suppress(StopRequestedError):
             with_retries(session.record)
+
+    def _keep(self, ended: threading.Event) -> None:
+        """Look after the held trial, from a thread of its own, until `ended`."""
+        between_beats = self._options.lease_seconds / 4
+        between_signs = min(SIGN_SECONDS, between_beats)
+        while not ended.wait(between_signs):
+            with self._keeping:
+                hold = self._hold
+                if hold is None:
+                    continue
+                try:
+                    # A lease is renewed now if it would otherwise be too late the next time.
+                    self._sign(hold, beat_after=between_beats - between_signs)
+                except Exception as error:
+                    if not isinstance(error, LeaseLostError | StopRequestedError):
+                        logger.error("cannot renew the lease: %s", _first_line(error))
+                    hold.lost.set()
+
+    def _sign(self, hold: _Hold, *, beat_after: float) -> None:
+        """Renew the lease, write down that the worker is at work, hear of requests to stop.
+
+        Ends the process when a request is not met in time.
+        """
+        assert self._session is not None
+        if self._stop.is_set():
+            self._end_in_time(hold.claim, hold.done)
+        if hold.lost.is_set() or hold.done.is_set():
+            return
+        self._look_for_request(hold.sweep)
+        if time.monotonic() >= hold.beat + beat_after:
+            hold.beat = time.monotonic()
+            self._queue.renew(hold.claim)
+            with_retries(self._session.record)
 
     def _end_in_time(self, claim: Claim, done: threading.Event) -> None:
         """Wait for the running update; end the process if it takes too long.
@@ -458,6 +481,25 @@ class Worker:
                 f"{SAME_FAILURES} trials in a row failed alike: {attrs[REASON]}; the traceback is "
                 f"kept with each of them as the attribute {ERROR!r}"
             )
+
+
+class _Hold:
+    """The trial that a worker holds.
+
+    Attributes:
+        sweep: as it was when the trial was claimed.
+        claim: of the trial.
+        lost: set when it is not this worker's any more.
+        done: set when the worker has done with it.
+        beat: when the lease was renewed, on the monotonic clock.
+    """
+
+    def __init__(self, sweep: StoredSweep, claim: Claim) -> None:
+        self.sweep = sweep
+        self.claim = claim
+        self.lost = threading.Event()
+        self.done = threading.Event()
+        self.beat = time.monotonic()
 
 
 class _Reporter:

@@ -1,5 +1,7 @@
 """No-op trials a second: Sweep's workers against plain Optuna on the same kind of store.
 
+Plain Optuna is what its users write: `study.optimize` in each process, on the URL alone.
+
     python tests/benchmarks/throughput.py [--workers 1 4 8] [--seconds 10] [--postgresql] [--ray]
 
 A trial suggests five parameters and reports ten epochs; nothing is trained. Ours is the real pull
@@ -109,9 +111,12 @@ def measure(code: str, workers: int, url: str, seconds: float, folder: Path) -> 
         process.stdin.write("go\n")
         process.stdin.flush()
     started = time.perf_counter()
-    for process in processes:
-        if process.wait():
-            raise SystemExit(f"a worker ended with status {process.returncode}")
+    ended = [process.wait() for process in processes]
+    if any(ended):
+        if code is OURS:
+            raise SystemExit(f"workers ended with status {ended}")
+        # Plain Optuna gives up after five seconds of "database is locked".
+        print(f"{sum(map(bool, ended))} of {workers} processes of plain Optuna failed", flush=True)
     elapsed = time.perf_counter() - started
     trials = optuna.load_study(storage=url, study_name="noop").get_trials(deepcopy=False)
     return sum(t.state.is_finished() for t in trials) / elapsed

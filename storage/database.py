@@ -1,0 +1,71 @@
+"""Optuna's storage in a database, whose reads take no lock.
+
+On SQLite every transaction of a worker begins as a writer's (:mod:`storage.engine`), and Optuna's
+reads are transactions like any other: workers would stand in line to read. Those of
+:class:`Database` begin as readers. All else is Optuna's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from optuna.storages import RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._rdb import models
+
+from storage.engine import reading
+
+T = TypeVar("T")
+
+_READS = (
+    "get_all_studies", "get_study_id_from_name", "get_study_name_from_id", "get_study_directions",
+    "get_study_user_attrs", "get_study_system_attrs", "get_all_trials", "_get_trials", "get_trial",
+    "get_trial_id_from_study_id_trial_number", "get_trial_param", "get_trial_user_attrs",
+    "get_trial_system_attrs", "_get_best_trial_id",
+)  # fmt: skip
+
+
+def _without_lock(method: Callable[..., T]) -> Callable[..., T]:
+    @wraps(method)
+    def read(*arguments: Any, **keywords: Any) -> T:
+        with reading():
+            return method(*arguments, **keywords)
+
+    return read
+
+
+class Database(RDBStorage):
+    """As Optuna's, but what only reads takes no lock."""
+
+    def study_of(self, trial_id: int) -> int | None:
+        """The study of a trial; None if there is no such trial."""
+        from sqlalchemy import select
+
+        columns = models.TrialModel.__table__.c
+        with reading(), self.engine.connect() as connection:
+            query = select(columns.study_id).where(columns.trial_id == trial_id)
+            return connection.execute(query).scalar()
+
+
+for _name in _READS:
+    setattr(Database, _name, _without_lock(getattr(RDBStorage, _name)))
+
+
+class CachedDatabase(_CachedStorage):
+    """As Optuna's, which keeps finished trials, but also for trials that it has not read yet."""
+
+    _backend: Database
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: Any
+    ) -> None:
+        """Store a parameter."""
+        # Claimed trials are created beside Optuna's cache, which asks to have seen them.
+        if trial_id not in self._trial_id_to_study_id_and_number:
+            study_id = self._backend.study_of(trial_id)
+            if study_id is None:
+                raise KeyError(models.NOT_FOUND_MSG)
+            self._read_trials_from_remote_storage(study_id)
+        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
