@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,14 @@ Overrides = Annotated[
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="The sweep's small version, for a CPU.")]
 Name = Annotated[str | None, typer.Option("--name", help="Keep the sweep under this name.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
@@ -88,14 +97,7 @@ def start(
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=1,
-            help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
-        ),
-    ] = None,
+    workers: Workers = None,
     on: Annotated[
         str,
         typer.Option(
@@ -145,6 +147,48 @@ def start(
             add_trials=add_trials or 0, again=shlex.join(again), out=_stdout(), err=_stderr(),
         )  # fmt: skip
     raise typer.Exit(code)
+
+
+@app.command(rich_help_panel="Run")
+def plan(
+    sweep: Annotated[str, typer.Argument(help="A preset, a TOML file, or a sweep in the store.")],
+    quick: Quick = False,
+    overrides: Overrides = None,
+    name: Name = None,
+    workers: Workers = None,
+    device: Annotated[
+        str | None, typer.Option(help="PyTorch's name of the device. Default: a GPU if any.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each worker. Default: the sweep's.")
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0, help="How long to measure, about; 0 only counts."),
+    ] = 20.0,
+    storage_url: Storage = DEFAULT_STORAGE,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a sweep, or what is left of it, takes: trials, epochs, disk, measured time."""
+    began = time.perf_counter()
+    spec = _load(sweep, storage_url, quick, overrides, name)
+    with _stderr().status("loading PyTorch and Optuna"):
+        from sweeps.plan import plan_lines, plan_table
+        from sweeps.run import plan_sweep
+
+    planned = plan_sweep(
+        spec, storage_url, data_dir=data_dir, workers=workers, device=device, threads=threads,
+        seconds=seconds, began=began, err=_stderr(),
+    )  # fmt: skip
+    if as_json:
+        _print_json(planned.as_dict())
+        return
+    out = _stdout()
+    out.print(f"{spec.name}: {spec.question}", highlight=False, markup=False, soft_wrap=True)
+    out.print(plan_table(planned))
+    for line in plan_lines(planned):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Run")

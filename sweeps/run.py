@@ -8,8 +8,9 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import optuna
 import torch
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
 from storage.engine import (
+    EmptyStorageError,
     StorageError,
     check_url,
     close_storage,
@@ -28,15 +30,22 @@ from storage.engine import (
 )
 from storage.retries import StopRequestedError, is_transient, patience, reason, with_retries
 from storage.trials import TrialQueue
-from sweeps import search
-from sweeps.config import Value
-from sweeps.edits import Edit
+from sweeps import plan, search
+from sweeps.config import TrialConfig, Value
+from sweeps.edits import Edit, edits
 from sweeps.errors import SpecError, SweepError, plural
-from sweeps.launch import Place, Slot, Workers
+from sweeps.launch import Place, Slot, Workers, plan_slots
 from sweeps.limits import request_stop
-from sweeps.objective import Objective, dataset_identity, open_dataset, prepare_process
+from sweeps.objective import (
+    Objective,
+    Sizes,
+    dataset_identity,
+    open_dataset,
+    prepare_process,
+)
 from sweeps.progress import open_view
 from sweeps.report import answer_table, disk_line, outcome_lines
+from sweeps.sampling import sampling_dataset
 from sweeps.spec import SweepSpec
 from sweeps.status import SweepStatus, TrialStatus, read_status
 from sweeps.studies import Addition, create_or_resume, shown_url, stored_names, stored_sweep
@@ -46,6 +55,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from optuna.storages import BaseStorage
+
+    from data.sources import Dataset
 
 POLL_SECONDS = 0.5
 
@@ -92,7 +103,15 @@ def run_sweep(
         storage_url,
         lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
     )
-    fingerprints = _check_data(spec, data_dir, err)
+    checked = _check_data(
+        spec,
+        lambda config: open_dataset(
+            config,
+            data_dir,
+            lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
+        ),
+    )
+    fingerprints = checked.fingerprints
     store = open_storage(storage_url)
 
     addition = Addition(add_trials)
@@ -136,6 +155,68 @@ def run_sweep(
     if status.done:
         return _done_code(status, err)
     return 130 if status.stop_requests != requests_before else code
+
+
+def plan_sweep(
+    spec: SweepSpec,
+    storage_url: str,
+    *,
+    data_dir: Path | None,
+    workers: int | None,
+    device: str | None,
+    threads: int | None,
+    seconds: float,
+    began: float,
+    err: Console,
+) -> plan.Plan:
+    """Say what a sweep, or what is left of it, comes to; it is not started, and no store is made.
+
+    Args:
+        spec: what would run.
+        storage_url: a store that may hold some of it.
+        data_dir: where the data set is, None for its usual place.
+        workers, threads: as `sweep start` would divide this machine; None for the usual.
+        device: where every worker would run, None for the usual.
+        seconds: for how long to measure; 0 only counts.
+        began: when the command was started, by `time.perf_counter`.
+        err: gets the progress.
+
+    Raises:
+        SpecError: the spec is wrong, or the store has another one under its name.
+        DataError: the data set is missing and cannot be downloaded.
+        SweepError: the device cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search.check(spec)
+    check_url(storage_url)
+    chosen = None if device is None else str(_device(device))
+
+    def slots(trials: int) -> list[Slot]:
+        found = plan_slots(workers, threads or spec.workers.threads, trials)
+        return [Slot(chosen or slot.device, threads or slot.threads) for slot in found]
+
+    with err.status("looking at the data") as shown:
+        checked = _check_data(spec, lambda config: sampling_dataset(config, data_dir))
+        store = _reading(storage_url)
+        try:
+            if store is not None and spec.name in stored_names(store):
+                edits(stored_sweep(store, spec.name).spec, spec)  # refuses what start would
+            planned = plan.count(spec, checked.sizes, store, slots=slots, data_dir=data_dir)
+        finally:
+            if store is not None:
+                close_storage(store, storage_url)
+        return plan.measured(planned, data_dir, seconds, began=began, say=shown.update)
+
+
+def _reading(storage_url: str) -> BaseStorage | None:
+    """A store to look into; None where there is none yet."""
+    file = sqlite_path(storage_url)
+    if file is not None and not file.exists():
+        return None
+    try:
+        return open_storage(storage_url, read_only=True)
+    except EmptyStorageError:
+        return None
 
 
 def _done_code(status: SweepStatus, err: Console) -> int:
@@ -394,27 +475,39 @@ STRUCTURAL = (
 MAX_STRUCTURES = 64
 
 
-def _check_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> list[str]:
-    """Load each cell's data set and try its splits and models; return the fingerprints."""
-    objectives: dict[Any, Objective] = {}
-    fingerprints = []
+@dataclass(frozen=True)
+class Checked:
+    """What looking at the data sets of a sweep has found.
+
+    Attributes:
+        fingerprints: of each cell's data set.
+        sizes: of an epoch of each cell.
+        datasets: by `dataset_identity`.
+    """
+
+    fingerprints: list[str]
+    sizes: list[Sizes]
+    datasets: dict[tuple[Value, ...], Dataset]
+
+
+def _check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset]) -> Checked:
+    """Open each cell's data set and try its splits and models."""
+    objectives: dict[tuple[Value, ...], Objective] = {}
+    checked = Checked([], [], {})
     for cell in spec.cells:
         config = spec.config(cell, spec.lowest_params())
         identity = dataset_identity(config)
         if identity not in objectives:
-            dataset = open_dataset(
-                config,
-                data_dir,
-                lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
-            )
-            objectives[identity] = Objective(dataset, torch.device("cpu"))
+            checked.datasets[identity] = open_(config)
+            objectives[identity] = Objective(checked.datasets[identity], torch.device("cpu"))
         for params in _structures(spec):
             try:
                 objectives[identity].check(spec.config(cell, params))
             except ValueError as error:
                 raise SpecError(f"{spec.study_name(cell)}: {error}") from error
-        fingerprints.append(objectives[identity].fingerprint)
-    return fingerprints
+        checked.fingerprints.append(objectives[identity].fingerprint)
+        checked.sizes.append(objectives[identity].sizes(config))
+    return checked
 
 
 def _structures(spec: SweepSpec) -> Iterator[dict[str, Value]]:

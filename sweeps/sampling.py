@@ -492,12 +492,16 @@ class Samplers:
         spec: of the sweep that is measured.
         slots: where workers would run.
         data_dir: where the data set is, None for its usual place.
+        prepared: seconds from the command to now; a start takes as many before its workers.
     """
 
-    def __init__(self, spec: SweepSpec, slots: Sequence[Slot], data_dir: Path | None) -> None:
+    def __init__(
+        self, spec: SweepSpec, slots: Sequence[Slot], data_dir: Path | None, prepared: float = 0.0
+    ) -> None:
         self._spec = spec
         self._slots = list(slots)
         self._data_dir = data_dir
+        self._prepared = prepared
         self._processes: list[subprocess.Popen[str]] = []
         self._stack = contextlib.ExitStack()
         self._began = 0.0
@@ -553,7 +557,8 @@ class Samplers:
                 raise SweepError(answer["error"])
         found = [Sample(**answer["sample"]) for answer in answers]
         if self._startup is None:
-            self._startup = max(answer["began"] for answer in answers) - self._began
+            waited = max(answer["began"] for answer in answers) - self._began
+            self._startup = self._prepared + waited
         return dataclasses.replace(
             found[0],
             epoch_seconds=statistics.mean(sample.epoch_seconds for sample in found),
