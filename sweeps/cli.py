@@ -125,6 +125,9 @@ def start(
             help="Extend each study of a stored sweep by K trials.",
         ),
     ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask before a run of more than a day.")
+    ] = False,
     storage_url: Storage = DEFAULT_STORAGE,
     data_dir: DataDir = None,
 ) -> None:
@@ -144,7 +147,8 @@ def start(
     with placed as place:
         code = run_sweep(
             spec, storage_url, data_dir=data_dir, workers=workers, place=place,
-            add_trials=add_trials or 0, again=shlex.join(again), out=_stdout(), err=_stderr(),
+            add_trials=add_trials or 0, again=shlex.join(again), yes=yes, out=_stdout(),
+            err=_stderr(),
         )  # fmt: skip
     raise typer.Exit(code)
 
@@ -353,14 +357,30 @@ def status(
     sweep: Annotated[str | None, typer.Argument(help="One sweep. Default: all.")] = None,
     storage_url: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Follow one sweep until it is done; with --json, a line for each change.",
+        ),
+    ] = False,
 ) -> None:
     """Say how far the store's sweeps are, and the best setting of each study."""
+    if watch and sweep is None:
+        raise typer.BadParameter("--watch follows one sweep; give its name")
     from storage.engine import open_storage
     from sweeps.report import answer_table, disk_line, outcome_lines
     from sweeps.status import read_status
     from sweeps.studies import shown_url, stored_names, stored_sweep
 
     _quiet_libraries()
+    if watch:
+        from sweeps.watch import watch_sweep
+
+        assert sweep is not None
+        watch_sweep(sweep, storage_url, out=_stdout(), as_json=as_json)
+        if as_json:
+            return
     store = open_storage(storage_url, read_only=True)
     sweeps = [stored_sweep(store, name) for name in ([sweep] if sweep else stored_names(store))]
     statuses = [read_status(store, s) for s in sweeps]

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import socket
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +22,28 @@ import torch
 from rich.table import Table
 
 from data.sources import Outline, outline
+from storage.leases import LEASE_ATTR
+from storage.leases import count as count_of
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SweepError, plural
 from sweeps.launch import Slot
 from sweeps.limits import epochs_spent, seconds_spent
-from sweeps.objective import Sizes
+from sweeps.objective import Sizes, dataset_identity
 from sweeps.progress import PlainTable
-from sweeps.sampling import Sample, Samplers, Shape, keep_sample, kept_sample, measure_here, shapes
+from sweeps.sampling import (
+    STARTUP_SECONDS,
+    Sample,
+    Samplers,
+    Shape,
+    keep_sample,
+    kept_sample,
+    key_of,
+    measure_here,
+    shapes,
+)
 from sweeps.spec import SweepSpec
-from sweeps.status import SweepStatus, read_status
-from sweeps.studies import stored_names, stored_sweep
+from sweeps.status import PROVENANCE, SECONDS, SweepStatus, read_status
+from sweeps.studies import StoredSweep, stored_names, stored_sweep
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -44,6 +59,9 @@ Measured in the quick versions of fixup-largebatch and groupnorm-largebatch: 0.4
 
 FEW_TRIALS = 5
 """Finished trials from which the store's own share of epochs is taken."""
+
+FEW_EPOCHS = 3
+"""Epochs of a trial from which its speed is kept."""
 
 TRIAL_BYTES = 2500
 EPOCH_BYTES = 140
@@ -66,7 +84,6 @@ class StudyPlan:
         epochs_per_trial: over all seeds.
         sizes: of an epoch.
         shapes: what is to be measured, with the share of trials that have it.
-        config: of a trial at the space's lowest.
     """
 
     name: str
@@ -77,7 +94,6 @@ class StudyPlan:
     epochs_per_trial: int
     sizes: Sizes
     shapes: Sequence[tuple[float, Shape]]
-    config: TrialConfig
 
     @property
     def trials_left(self) -> int:
@@ -309,7 +325,8 @@ def count(
     store: BaseStorage | None,
     *,
     slots: Callable[[int], Sequence[Slot]],
-    data_dir: Path | None,
+    add_trials: int = 0,
+    data: Sequence[Outline] = (),
 ) -> Plan:
     """Count what there is to do; nothing is measured.
 
@@ -318,30 +335,28 @@ def count(
         sizes: of an epoch of each of its cells.
         store: that may have some of it already; None where there is none.
         slots: divides a machine among workers, given how many trials are left.
-        data_dir: where the data set is, None for its usual place.
+        add_trials: by how many the budget of each stored study would grow.
+        data: its data sets.
     """
+    added = add_trials
     status, hours, epochs = None, spec.budget.hours, spec.budget.epochs_total
     if store is not None and spec.name in stored_names(store):
         sweep = stored_sweep(store, spec.name)
         status = read_status(store, sweep)
+        # A budget that is edited says how many there are, those added before included.
+        if sweep.spec.budget.trials == spec.budget.trials:
+            added += sweep.studies[0].budget - spec.budget.trials
         hours = None if hours is None else max(0.0, hours - seconds_spent(store, sweep) / 3600)
         epochs = None if epochs is None else max(0, epochs - epochs_spent(store, sweep))
     studies = [
-        _study_plan(spec, cell, size, status) for cell, size in zip(spec.cells, sizes, strict=True)
+        _study_plan(spec, cell, size, status, spec.budget.trials + added)
+        for cell, size in zip(spec.cells, sizes, strict=True)
     ]
-    data: dict[Any, Outline] = {}
-    for study in studies:
-        of = study.config
-        identity = (of.dataset, of.image_size, of.noise_std)
-        if identity not in data:
-            data[identity] = outline(
-                of.dataset, data_dir=data_dir, image_size=of.image_size, noise_std=of.noise_std
-            )
     return Plan(
         spec=spec,
         studies=studies,
         slots=slots(sum(study.trials_left for study in studies)),
-        data=list(data.values()),
+        data=data,
         samples={},
         problems=(),
         share=epoch_share(spec, status, store),
@@ -351,18 +366,36 @@ def count(
     )
 
 
+def outlines(spec: SweepSpec, data_dir: Path | None) -> list[Outline]:
+    """Each data set that a sweep needs, as far as it is known without reading its images.
+
+    Raises:
+        DataError: one is missing and cannot be downloaded.
+    """
+    found: dict[tuple[Value, ...], Outline] = {}
+    for cell in spec.cells:
+        of = spec.config(cell, spec.lowest_params())
+        if dataset_identity(of) not in found:
+            found[dataset_identity(of)] = outline(
+                of.dataset, data_dir=data_dir, image_size=of.image_size, noise_std=of.noise_std
+            )
+    return list(found.values())
+
+
 def _study_plan(
-    spec: SweepSpec, cell: Mapping[str, Value], sizes: Sizes, status: SweepStatus | None
+    spec: SweepSpec,
+    cell: Mapping[str, Value],
+    sizes: Sizes,
+    status: SweepStatus | None,
+    budget: int,
 ) -> StudyPlan:
     config = spec.config(cell, spec.lowest_params())
     name = spec.study_name(cell)
     tried = sum(attempt.applies_to(cell) for attempt in spec.tries)
-    budget, finished = spec.budget.trials, 0
+    finished = 0
     left = {number: (0, number < tried) for number in range(budget)}
     stored = {study.name: study for study in status.studies} if status else {}
     if study := stored.get(name):
-        # Those that were added to the stored budget stay; an edited one says how many there are.
-        budget = study.budget
         finished = study.finished
         left = dict.fromkeys(range(budget), (0, False))
         for trial in study.trials:
@@ -378,7 +411,6 @@ def _study_plan(
         epochs_per_trial=config.epochs * spec.budget.seeds,
         sizes=sizes,
         shapes=shapes(spec, cell),
-        config=config,
     )
 
 
@@ -570,6 +602,35 @@ def glanced(
     finally:
         torch.set_num_threads(before)
     return _with(plan, _filled(plan, samples), problems)
+
+
+def keep_speeds(
+    store: BaseStorage, sweep: StoredSweep, slots: Sequence[Slot], since: datetime
+) -> None:
+    """Keep how long the epochs of trials took that workers of this machine have run since."""
+    took: dict[Any, tuple[TrialConfig, list[float]]] = {}
+    for study in sweep.studies:
+        for trial in store.get_all_trials(study.study_id, deepcopy=False):
+            seconds, steps = trial.user_attrs.get(SECONDS), trial.last_step or 0
+            here = trial.system_attrs.get(PROVENANCE, {}).get("host") == socket.gethostname()
+            # One that went on from a checkpoint has counted its last attempt's seconds only.
+            whole = count_of(trial.system_attrs.get(LEASE_ATTR) or {}, "attempt") == 1
+            fresh = trial.datetime_start is not None and trial.datetime_start >= since
+            if not (seconds and steps >= FEW_EPOCHS and here and whole and fresh):
+                continue
+            config = sweep.spec.config(study.cell, trial.params)
+            took.setdefault(key_of(config), (config, []))[1].append(seconds / steps)
+    for config, epochs in took.values():
+        sample = Sample(
+            epoch_seconds=statistics.median(epochs),
+            begin_seconds=0.0,  # it is in the epochs
+            startup_seconds=STARTUP_SECONDS,
+            checkpoint_bytes=0,
+            updates=0,
+            batch=config.global_batch_size,
+            measured="run",
+        )
+        keep_sample(config, slots, sample)
 
 
 def _filled(plan: Plan, samples: Mapping[Any, Sample]) -> dict[Any, Sample]:

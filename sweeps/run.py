@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,7 @@ from sweeps import plan, search
 from sweeps.config import TrialConfig, Value
 from sweeps.edits import Edit, edits
 from sweeps.errors import SpecError, SweepError, plural
-from sweeps.launch import Place, Slot, Workers, plan_slots
+from sweeps.launch import Place, Slot, ThisMachine, Workers, plan_slots
 from sweeps.limits import request_stop
 from sweeps.objective import (
     Objective,
@@ -74,6 +76,7 @@ def run_sweep(
     place: Place,
     add_trials: int = 0,
     again: str,
+    yes: bool = True,
     out: Console,
     err: Console,
 ) -> int:
@@ -87,11 +90,14 @@ def run_sweep(
         place: where they run.
         add_trials: by how many the budget of each stored study grows.
         again: the command that goes on after an interruption.
+        yes: do not ask before a run that is estimated to take longer than a day. Nobody is asked
+            where there is no terminal.
         out: gets the answer.
         err: gets the progress.
 
     Returns:
-        The exit status: 0 done, 1 if workers failed, 130 after an interruption.
+        The exit status: 0 done, 1 if workers failed or the answer was no, 130 after an
+        interruption.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search.check(spec)
@@ -112,6 +118,13 @@ def run_sweep(
         ),
     )
     fingerprints = checked.fingerprints
+    estimate = None
+    if isinstance(place, ThisMachine):
+        estimate = _estimate(spec, storage_url, data_dir, workers, checked, add_trials, err)
+    if estimate is not None and not yes and not _confirmed(estimate, err):
+        err.print(f"sweep: {spec.name} was not started", highlight=False, markup=False)
+        return 1
+    began = datetime.now()
     store = open_storage(storage_url)
 
     addition = Addition(add_trials)
@@ -136,6 +149,8 @@ def run_sweep(
     err.print(
         _opening(status, storage_url, len(slots)), highlight=False, markup=False, soft_wrap=True
     )
+    if estimate is not None and not status.done:
+        err.print(estimate.line(), highlight=False, markup=False, soft_wrap=True)
     code = 0
     if not status.done:
         try:
@@ -149,6 +164,10 @@ def run_sweep(
             )  # fmt: skip
             return 130
     status = read()
+    if estimate is not None:
+        with_retries(
+            lambda: plan.keep_speeds(watcher, stored_sweep(watcher, spec.name), slots, began)
+        )
     close_storage(watcher, storage_url)
     close_storage(store, storage_url)
     _print_answer(status, storage_url, again, out)
@@ -196,16 +215,82 @@ def plan_sweep(
         return [Slot(chosen or slot.device, threads or slot.threads) for slot in found]
 
     with err.status("looking at the data") as shown:
+        data = plan.outlines(spec, data_dir)
         checked = _check_data(spec, lambda config: sampling_dataset(config, data_dir))
         store = _reading(storage_url)
         try:
             if store is not None and spec.name in stored_names(store):
                 edits(stored_sweep(store, spec.name).spec, spec)  # refuses what start would
-            planned = plan.count(spec, checked.sizes, store, slots=slots, data_dir=data_dir)
+            planned = plan.count(spec, checked.sizes, store, slots=slots, data=data)
         finally:
             if store is not None:
                 close_storage(store, storage_url)
         return plan.measured(planned, data_dir, seconds, began=began, say=shown.update)
+
+
+GLANCE_SECONDS = 1.0
+"""How long a start may measure what was never measured on this machine."""
+
+
+def _estimate(
+    spec: SweepSpec,
+    storage_url: str,
+    data_dir: Path | None,
+    workers: int | None,
+    checked: Checked,
+    add_trials: int,
+    err: Console,
+) -> plan.Plan | None:
+    """What the run will take, by what is known of this machine's speed, or by a glance at it.
+
+    A GPU is looked at only where somebody may be asked: that takes processes of its own, since its
+    memory would stay with this one.
+    """
+    began = time.perf_counter()
+    try:
+        store = _reading(storage_url)
+    except StorageError:
+        return None  # which opening it to write explains better
+    try:
+        found = plan.count(
+            spec,
+            checked.sizes,
+            store,
+            slots=lambda left: plan_slots(workers, spec.workers.threads, left),
+            add_trials=add_trials,
+        )
+    finally:
+        if store is not None:
+            close_storage(store, storage_url)
+    found = plan.recalled(found)
+    if not found.known:
+        if found.slots[0].device == "cpu":
+            found = plan.glanced(
+                found,
+                lambda config: checked.datasets[dataset_identity(config)],
+                GLANCE_SECONDS,
+                threads=found.slots[0].threads,
+            )
+        elif err.is_terminal and sys.stdin.isatty():
+            with err.status("measuring") as shown:
+                found = plan.measured(
+                    found, data_dir, GLANCE_SECONDS, began=began, say=shown.update
+                )
+    return found if found.known else None
+
+
+def _confirmed(estimate: plan.Plan, err: Console) -> bool:
+    """Ask before a long run, where there is somebody to ask."""
+    if estimate.seconds(pruning=True) <= plan.DAY:
+        return True
+    if not (err.is_terminal and sys.stdin.isatty()):
+        return True
+    err.print(estimate.line(), highlight=False, markup=False, soft_wrap=True)
+    try:
+        answer = err.input("start it? [y/N] ", markup=False)
+    except EOFError:
+        return False
+    return answer.strip().lower() in ("y", "yes")
 
 
 def _reading(storage_url: str) -> BaseStorage | None:
@@ -275,7 +360,8 @@ def _run_workers(
     variables = {"SWEEP_STORAGE": storage_url}
     with _signals() as signals, _patience(storage_url, signals):
         try:
-            with open_view(err) as view:
+            hint = "Ctrl-C stops and keeps everything; start again to go on."
+            with open_view(err, hint) as view:
 
                 def update() -> bool:
                     # Nobody waits for the view: the workers say that the store is away.
