@@ -657,7 +657,7 @@ def spoken(seconds: float) -> str:
     for unit, length, most in (("s", 1.0, 90), ("min", 60.0, 90), ("h", 3600.0, 48)):
         if seconds < most * length:
             count = seconds / length
-            return f"{count:.1f} {unit}" if count < 9.95 and unit == "h" else f"{count:.0f} {unit}"
+            return f"{count:.1f} {unit}" if count < 9.95 else f"{count:.0f} {unit}"
     days = seconds / DAY
     return f"{days:.1f} days" if days < 9.95 else f"{days:,.0f} days"
 

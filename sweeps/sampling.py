@@ -357,7 +357,11 @@ class Stopwatch(Objective):
         if whole < 4 * small:
             return whole
         run = _Run(time.perf_counter())
-        watch = self._watch(run, lambda: len(_steps(run)) >= 1)
+        until = run.began + self._seconds / 8
+        watch = self._watch(
+            run,
+            lambda: len(_steps(run)) >= (1 if time.perf_counter() > until else 5),
+        )
         with contextlib.suppress(Interrupted, Diverged):
             super().run(
                 dataclasses.replace(config, global_batch_size=small, epochs=10**6, warmup_epochs=0),
@@ -366,8 +370,8 @@ class Stopwatch(Objective):
         steps = _steps(run)
         if not steps:
             return whole
-        # One update to warm up, and one to be timed.
-        fitting = small * self._seconds / (2 * steps[-1])
+        # One update to warm up, and one to be timed; the quickest, as others were held up.
+        fitting = small * max(self._seconds, 1.0) / (2 * min(steps))
         return whole if fitting >= whole else max(small, int(fitting) // small * small)
 
     def _watch(self, run: _Run, done: Callable[[], bool]) -> Callable[[], bool]:
