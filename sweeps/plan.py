@@ -12,7 +12,7 @@ import heapq
 import socket
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -57,6 +57,9 @@ Half of the trials lie below the median when they are first judged; of the other
 Measured in the quick versions of fixup-largebatch and groupnorm-largebatch: 0.4 to 0.5.
 """
 
+MAX_DEALT = 10_000
+"""Trials of a study alike that are dealt to the workers one by one."""
+
 FEW_TRIALS = 5
 """Finished trials from which the store's own share of epochs is taken."""
 
@@ -79,8 +82,10 @@ class StudyPlan:
         cell: its enumerated settings.
         trials: its budget.
         finished: trials that have ended.
-        open: of each trial that has not ended, begun or not: its number, the epochs that it has
-            behind it, and whether it is a known setting, which no pruner ends.
+        open: of each trial that stands in the store or is a known setting, and has not ended: its
+            number, the epochs that it has behind it, and whether it is a known setting, which no
+            pruner ends.
+        fresh: the numbers of all others.
         epochs_per_trial: over all seeds.
         sizes: of an epoch.
         shapes: what is to be measured, with the share of trials that have it.
@@ -91,6 +96,7 @@ class StudyPlan:
     trials: int
     finished: int
     open: Sequence[tuple[int, int, bool]]
+    fresh: range
     epochs_per_trial: int
     sizes: Sizes
     shapes: Sequence[tuple[float, Shape]]
@@ -98,12 +104,13 @@ class StudyPlan:
     @property
     def trials_left(self) -> int:
         """Trials that have not ended."""
-        return len(self.open)
+        return len(self.open) + len(self.fresh)
 
     @property
     def epochs_left(self) -> int:
         """Epochs that they have before them, if none is pruned."""
-        return sum(max(0, self.epochs_per_trial - step) for _, step, _ in self.open)
+        begun = sum(max(0, self.epochs_per_trial - step) for _, step, _ in self.open)
+        return begun + self.epochs_per_trial * len(self.fresh)
 
 
 @dataclass(frozen=True)
@@ -168,16 +175,19 @@ class Plan:
             pruning: expect the pruner to end trials; without, every trial runs to its end.
         """
         queue, epochs = [], 0.0
+        workers = max(1, len(self.slots))
         for place, study in enumerate(self.studies):
-            for number, step, known in study.open:
-                whole = float(study.epochs_per_trial)
-                if pruning and not known and number >= self.share.free:
-                    whole *= self.share.value
-                left = max(0.0, whole - step)
-                epochs += left
-                queue.append((number, place, self.trial_seconds(study, left)))
+            begin = self.trial_seconds(study, 0)
+            for number, count, left in self._left(study, pruning):
+                epochs += count * left
+                seconds = begin + left * self.epoch_seconds(study)
+                if count <= MAX_DEALT:
+                    queue += [(number + n, place, seconds) for n in range(count)]
+                else:  # too many to tell one from another
+                    share = count * seconds / workers
+                    queue += [(number, place, share) for _ in range(workers)]
         # Workers pull the lowest number first, of equals that of the study listed first.
-        ends = [0.0] * max(1, len(self.slots))
+        ends = [0.0] * workers
         for _, _, seconds in sorted(queue):
             heapq.heapreplace(ends, ends[0] + seconds)
         total = max(ends)
@@ -187,6 +197,19 @@ class Plan:
         if self.hours_left is not None:
             total = min(total, 3600 * self.hours_left)
         return total + self.startup_seconds if queue else 0.0
+
+    def _left(self, study: StudyPlan, pruning: bool) -> Iterator[tuple[int, int, float]]:
+        """What a study has before it: (first number, trials, epochs of each) in order."""
+        whole = float(study.epochs_per_trial)
+        judged = whole * self.share.value if pruning else whole
+        for number, step, known in study.open:
+            free = known or number < self.share.free
+            yield number, 1, max(0.0, (whole if free else judged) - step)
+        first, last = study.fresh.start, study.fresh.stop
+        between = min(max(first, self.share.free), last)
+        for begin, end, epochs in ((first, between, whole), (between, last, judged)):
+            if end > begin:
+                yield begin, end - begin, epochs
 
     @property
     def saved(self) -> float:
@@ -392,22 +415,25 @@ def _study_plan(
     config = spec.config(cell, spec.lowest_params())
     name = spec.study_name(cell)
     tried = sum(attempt.applies_to(cell) for attempt in spec.tries)
-    finished = 0
-    left = {number: (0, number < tried) for number in range(budget)}
+    finished, begun = 0, tried
+    left = dict.fromkeys(range(tried), (0, True))
     stored = {study.name: study for study in status.studies} if status else {}
     if study := stored.get(name):
         finished = study.finished
-        left = dict.fromkeys(range(budget), (0, False))
-        for trial in study.trials:
-            left[trial.number] = (trial.step, bool(trial.label))
-            if trial.outcome not in ("running", "queued"):
-                del left[trial.number]
+        # Optuna numbers trials without a gap.
+        begun = max((trial.number + 1 for trial in study.trials), default=0)
+        left = {
+            trial.number: (trial.step, bool(trial.label))
+            for trial in study.trials
+            if trial.outcome in ("running", "queued")
+        }
     return StudyPlan(
         name=name,
         cell=cell,
         trials=budget,
         finished=finished,
         open=[(number, step, known) for number, (step, known) in sorted(left.items())],
+        fresh=range(begun, max(begun, budget)),
         epochs_per_trial=config.epochs * spec.budget.seeds,
         sizes=sizes,
         shapes=shapes(spec, cell),

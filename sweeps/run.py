@@ -286,8 +286,9 @@ def _confirmed(estimate: plan.Plan, err: Console) -> bool:
     if not (err.is_terminal and sys.stdin.isatty()):
         return True
     err.print(estimate.line(), highlight=False, markup=False, soft_wrap=True)
+    err.print("start it? [y/N] ", end="", highlight=False, markup=False)
     try:
-        answer = err.input("start it? [y/N] ", markup=False)
+        answer = input()
     except EOFError:
         return False
     return answer.strip().lower() in ("y", "yes")

@@ -116,6 +116,12 @@ def test_images_are_those_that_a_trial_trains_on(train: dict[str, Any], images: 
     assert sum(len(batch.labels) for batch in batches.epoch(0)) == images
 
 
+def test_a_huge_budget_is_counted_without_being_listed() -> None:
+    found = plan_of(make_spec(budget={"trials": 10**12}), workers=2)
+    assert found.as_dict()["total"]["epochs"] == 3 * 10**12
+    assert found.seconds(pruning=True) == pytest.approx(10**12 * 7 / 2)
+
+
 def test_budgets_of_epochs_and_hours_end_it_earlier() -> None:
     whole = plan_of(make_spec(budget={"trials": 10})).seconds(pruning=True)
     half = plan_of(make_spec(budget={"trials": 10, "epochs_total": 15})).seconds(pruning=True)
