@@ -1,7 +1,6 @@
 """`sweep plan`, and what `sweep start` says and asks before it runs."""
 
 import dataclasses
-import itertools
 import json
 import os
 import pty
@@ -15,15 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Command, command, environment, make_spec, run, trials, write_spec
+from helpers import Command, begin, command, environment, make_spec, run, trials, write_spec
+from optuna.trial import TrialState
 
 from data.sources import DataError, load_dataset, made_dataset, outline
+from storage.trials import TrialQueue
 from sweeps import spec as specs
 from sweeps.launch import Slot
 from sweeps.objective import Objective, Sizes
 from sweeps.plan import DAY, Plan, count, epoch_share, spoken
 from sweeps.sampling import Sample, keep_sample, kept_sample, key_of, measure_here, shapes
 from sweeps.spec import SweepSpec
+from sweeps.status import CURVES, OUTCOME
+from sweeps.studies import stored_sweep
 
 SIZES = Sizes(train_images=1000, val_images=100, updates_per_epoch=10, images_per_epoch=1280)
 SAMPLE = Sample(
@@ -436,45 +439,63 @@ def test_nobody_is_asked_where_there_is_no_terminal(tmp_path: Path) -> None:
 # Following a sweep
 
 
+class Held:
+    """A sweep of one trial of 150 epochs, which this process holds as a worker does."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        store = begin(tmp_path, make_spec(budget={"trials": 1}, train={"epochs": 150}))
+        (study,) = stored_sweep(store, "tiny").studies
+        self._queue = TrialQueue(store, worker_id="w")
+        claim = self._queue.claim([(study.study_id, 1)])
+        assert claim is not None
+        self._claim = claim
+
+    def report(self, step: int, score: float) -> None:
+        curves = {CURVES: {"images_per_second": [1234.0]}}
+        assert self._queue.report(self._claim, step, score, system_attrs=curves)
+
+    def finish(self) -> None:
+        outcome = {OUTCOME: "complete"}
+        assert self._queue.finish(self._claim, TrialState.COMPLETE, 0.75, user_attrs=outcome)
+
+
 def test_watch_on_a_terminal_ends_with_the_sweep_or_before(tmp_path: Path) -> None:
-    write_spec(tmp_path / "tiny.toml", budget={"trials": 2}, train={"epochs": 150})
-    with Command("start", "tiny.toml", "--workers", "1", cwd=tmp_path) as started:
-        started.line("tiny: 1 study")
-        with (
-            Terminal("status", "tiny", "--watch", cwd=tmp_path) as stopped,
-            Terminal("status", "tiny", "--watch", cwd=tmp_path) as watching,
-        ):
-            stopped.wait_for(lambda output: "Ctrl-C ends the view" in output)
-            stopped.process.send_signal(signal.SIGINT)
-            assert stopped.end() == 130
-            assert "Traceback" not in stopped.output
-            watching.wait_for(lambda output: re.search(r"#\d+ +\d+/150", output))
-            assert watching.end() == 0
-            assert "Traceback" not in watching.output
-            assert "images/s" in watching.output
-            # The view goes, the answer stays.
-            assert "2 of 2 trials; 2 complete" in watching.output
-        assert started.end() == 0
+    held = Held(tmp_path)
+    held.report(7, 0.5)
+    with (
+        Terminal("status", "tiny", "--watch", cwd=tmp_path) as stopped,
+        Terminal("status", "tiny", "--watch", cwd=tmp_path) as watching,
+    ):
+        stopped.wait_for(lambda output: "Ctrl-C ends the view" in output)
+        stopped.process.send_signal(signal.SIGINT)
+        assert stopped.end() == 130
+        assert "Traceback" not in stopped.output
+        watching.wait_for(lambda output: "7/150" in output and "1,234" in output)
+        held.report(8, 0.625)
+        watching.wait_for(lambda output: "8/150" in output and "0.6250" in output)
+        held.finish()
+        assert watching.end() == 0
+        assert "Traceback" not in watching.output
+        # The view goes, the answer stays.
+        assert "1 of 1 trials; 1 complete" in watching.output
 
 
-def test_watch_off_a_terminal_is_a_line_for_each_trial(tmp_path: Path) -> None:
-    write_spec(tmp_path / "tiny.toml", budget={"trials": 3}, train={"epochs": 20})
-    with Command("start", "tiny.toml", "--workers", "1", cwd=tmp_path) as started:
-        started.line("tiny: 1 study")
-        with (
-            Command("status", "tiny", "--watch", cwd=tmp_path) as lines,
-            Command("status", "tiny", "--watch", "--json", cwd=tmp_path) as objects,
-        ):
-            assert (lines.end(), objects.end(), started.end()) == (0, 0, 0)
-        # What had ended before the first look is old.
-        assert re.search(r"^\[3/3\] tiny #\d  complete", lines.output, flags=re.M)
-        assert "3 of 3 trials" in lines.output
+def test_watch_off_a_terminal_is_a_line_for_each_change(tmp_path: Path) -> None:
+    held = Held(tmp_path)
+    with (
+        Command("status", "tiny", "--watch", cwd=tmp_path) as lines,
+        Command("status", "tiny", "--watch", "--json", cwd=tmp_path) as objects,
+    ):
+        objects.line('"running": 1')
+        held.report(7, 0.5)
+        objects.line('"accuracy": 0.5')
+        held.finish()
+        assert (lines.end(), objects.end()) == (0, 0)
+        assert "1 of 1 trials; 1 complete" in lines.output
         states = [json.loads(line) for line in objects.output.splitlines()]
-        assert [state["done"] for state in states] == [False] * (len(states) - 1) + [True]
-        assert states[-1]["studies"][0]["counts"]["complete"] == 3
-        assert any(state["studies"][0]["running"] for state in states)
-        changes = [json.dumps(state) for state in states]
-        assert all(a != b for a, b in itertools.pairwise(changes))
+        assert [state["done"] for state in states] == [False, False, True]
+        assert states[-1]["studies"][0]["counts"]["complete"] == 1
+        assert states[1]["studies"][0]["running"][0]["step"] == 7
 
 
 def test_watch_follows_one_sweep(tmp_path: Path) -> None:
