@@ -164,7 +164,7 @@ class DeviceBatches:
 
         held = np.zeros(len(images), dtype=np.bool_)
         held[self._members] = True
-        self.updates_per_epoch = max(1, round(int(held.sum()) / global_batch_size))
+        self.updates_per_epoch = updates_per_epoch(int(held.sum()), global_batch_size)
         self.images_per_epoch = self.updates_per_epoch * global_batch_size
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -314,6 +314,11 @@ class DeviceBatches:
         rows = ((random & low) * span) >> np.uint64(31)
         columns = ((random >> np.uint64(31) & low) * span) >> np.uint64(31)
         return rows.astype(np.int64), columns.astype(np.int64), random >> np.uint64(63) == 1
+
+
+def updates_per_epoch(images: int, global_batch_size: int) -> int:
+    """Count the updates of an epoch over so many images, each counted once."""
+    return max(1, round(images / global_batch_size))
 
 
 def normalise(

@@ -137,6 +137,103 @@ def load_dataset(
     raise DataError(f"dataset is {name!r}: it must be one of {accepted}")
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a data set without reading its images.
+
+    Attributes:
+        name: one of `DATASETS`.
+        place: where its files are or would go; None for one within a package.
+        present: whether they are there.
+        decoded: whether its cache file is there too.
+        download_bytes: what `load_dataset` would download, 0 where nothing is missing.
+        cache_bytes: size of the cache file, there or not.
+        shape: (C, H, W) of an image.
+        train_counts, test_counts: images of each class.
+    """
+
+    name: str
+    place: Path | None
+    present: bool
+    decoded: bool
+    download_bytes: int
+    cache_bytes: int
+    shape: tuple[int, int, int]
+    train_counts: tuple[int, ...]
+    test_counts: tuple[int, ...]
+
+
+def outline(
+    name: str, *, data_dir: Path | None = None, image_size: int = 32, noise_std: float = 0.0
+) -> Outline:
+    """Say what `load_dataset` would load; nothing is downloaded, and no image file is read.
+
+    Args:
+        name, data_dir, image_size, noise_std: as of `load_dataset`.
+
+    Raises:
+        DataError: the data set is missing and cannot be downloaded, or is of another layout.
+    """
+    place: Path | None
+    if name in _CIFAR:
+        kind = _CIFAR[name]
+        root = data_dir if data_dir is not None else default_data_dir()
+        folder = _cifar_folder(kind, root)
+        present = all((folder / part).is_file() for part in kind.files)
+        classes = 100 if name == "cifar100" else 10
+        counts = tuple((total // classes,) * classes for total in (50_000, 10_000))
+        source = _cifar_source(kind, folder) if present else None
+        shape, place = (3, 32, 32), root
+        download_bytes = 0 if present else kind.download_bytes
+    elif name == "images":
+        tree, classes_found, source = _outline_images(data_dir, image_size)
+        counts = tuple(
+            tuple(len(tree[part][label]) for label in classes_found) for part in ("train", "test")
+        )
+        shape, place, present, download_bytes = (3, image_size, image_size), data_dir, True, 0
+    else:
+        dataset = load_dataset(name, noise_std=noise_std)  # digits, within a package
+        labels = (dataset.train_labels, dataset.test_labels)
+        counts = tuple(
+            tuple(np.bincount(part.numpy(), minlength=len(dataset.classes)).tolist())
+            for part in labels
+        )
+        source = _digits_source(noise_std)
+        _, channels, height, width = dataset.train_images.shape
+        shape, place, present, download_bytes = (channels, height, width), None, True, 0
+    return Outline(
+        name=name,
+        place=place,
+        present=present,
+        decoded=source is not None and _cache_path(source).exists(),
+        download_bytes=download_bytes,
+        # A label is int64.
+        cache_bytes=sum(map(sum, counts)) * (math.prod(shape) + 8),
+        shape=shape,
+        train_counts=counts[0],
+        test_counts=counts[1],
+    )
+
+
+def made_dataset(of: Outline) -> Dataset:
+    """Make a data set of random pixels, alike in its sizes: trained on, it takes as long.
+
+    Its fingerprint is no real data set's.
+    """
+    rng = np.random.default_rng(0)
+
+    def part(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        total = sum(counts)
+        pixels = np.frombuffer(bytearray(rng.bytes(total * math.prod(of.shape))), dtype=np.uint8)
+        images = torch.from_numpy(pixels).view(total, *of.shape)
+        labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        return images, torch.from_numpy(labels)
+
+    train, test = part(of.train_counts), part(of.test_counts)
+    classes = tuple(map(str, range(len(of.train_counts))))
+    return Dataset(of.name, *train, *test, classes, "made")
+
+
 def split_train(
     labels: ArrayLike,
     *,
@@ -232,9 +329,7 @@ def _cached(source: dict[str, Any], report: Progress, decode: Callable[[], Datas
         report: receives lines on what takes long.
         decode: makes the data set.
     """
-    source = {**source, "format": _CACHE_FORMAT}
-    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
-    path = cache_dir() / "decoded" / f"{source['name']}-{key[:24]}.pt"
+    path = _cache_path(source)
     found = _read_cache(path, source["name"])
     if found is not None:
         return found
@@ -263,6 +358,12 @@ def _cached(source: dict[str, Any], report: Progress, decode: Callable[[], Datas
         return dataset
     finally:
         lock.release()
+
+
+def _cache_path(source: dict[str, Any]) -> Path:
+    source = {**source, "format": _CACHE_FORMAT}
+    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "decoded" / f"{source['name']}-{key[:24]}.pt"
 
 
 def _write_cache(path: Path, dataset: Dataset) -> None:
@@ -328,7 +429,7 @@ class _Cifar:
     loader: str
     folder: str
     files: tuple[str, ...]
-    size: str
+    download_bytes: int
 
 
 _CIFAR = {
@@ -340,7 +441,7 @@ _CIFAR = {
             loader="CIFAR10",
             folder="cifar-10-batches-py",
             files=(*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
-            size="170 MB",
+            download_bytes=170_498_071,
         ),
         _Cifar(
             name="cifar100",
@@ -348,26 +449,34 @@ _CIFAR = {
             loader="CIFAR100",
             folder="cifar-100-python",
             files=("train", "test", "meta"),
-            size="169 MB",
+            download_bytes=169_001_437,
         ),
     )
 }
 
 
-def _load_cifar(kind: _Cifar, root: Path, report: Progress) -> Dataset:
+def _cifar_folder(kind: _Cifar, root: Path) -> Path:
     if root.is_file():
         raise DataError(
             f"data_dir for {kind.name} is the file {root}: it must be a folder, "
             "or choose dataset 'images' for a zip of images"
         )
-    folder = root / kind.folder
-    if not all((folder / name).is_file() for name in kind.files):
-        _download_cifar(kind, root, report)
-    source = {
+    return root / kind.folder
+
+
+def _cifar_source(kind: _Cifar, folder: Path) -> dict[str, Any]:
+    return {
         "name": kind.name,
         "path": str(folder.resolve()),
         "files": [[name, *_stamp(folder / name)] for name in kind.files],
     }
+
+
+def _load_cifar(kind: _Cifar, root: Path, report: Progress) -> Dataset:
+    folder = _cifar_folder(kind, root)
+    if not all((folder / name).is_file() for name in kind.files):
+        _download_cifar(kind, root, report)
+    source = _cifar_source(kind, folder)
 
     def decode() -> Dataset:
         report(f"decoding {kind.title} from {folder}")
@@ -403,7 +512,8 @@ def _download_cifar(kind: _Cifar, root: Path, report: Progress) -> None:
             with suppress(Exception):  # another process may have been faster
                 _open_cifar(kind, root, train=True)
                 return
-            report(f"downloading {kind.title} ({kind.size}) to {root}")
+            size = f"{kind.download_bytes / 1e6:.0f} MB"
+            report(f"downloading {kind.title} ({size}) to {root}")
             with _socket_timeout(_DOWNLOAD_TIMEOUT):
                 # The loader's own download passes over a missing file of class names.
                 download_and_extract_archive(
@@ -445,13 +555,16 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _load_digits(noise_std: float) -> Dataset:
     if not (0 <= noise_std < float("inf")):
         raise DataError(f"noise_std is {noise_std}: it must be a finite number, 0 or more")
-    source = {
+    # Importing scikit-learn takes longer than reading the cache.
+    return _cached(_digits_source(noise_std), _ignore, lambda: _make_digits(noise_std))
+
+
+def _digits_source(noise_std: float) -> dict[str, Any]:
+    return {
         "name": "digits",
         "noise_std": float(noise_std),
         "scikit-learn": metadata.version("scikit-learn"),
     }
-    # Importing scikit-learn takes longer than reading the cache.
-    return _cached(source, _ignore, lambda: _make_digits(noise_std))
 
 
 def _make_digits(noise_std: float) -> Dataset:
@@ -497,7 +610,10 @@ class _Part:
 _Tree = dict[str, dict[str, list[str]]]
 
 
-def _load_images(data_dir: Path | None, image_size: int, report: Progress) -> Dataset:
+def _outline_images(
+    data_dir: Path | None, image_size: int
+) -> tuple[_Tree, list[str], dict[str, Any]]:
+    """List a folder or a zip: its files, its classes, and what the cache file depends on."""
     if image_size < 1:
         raise DataError(f"image_size is {image_size}: it must be at least 1 pixel")
     if data_dir is None:
@@ -510,9 +626,14 @@ def _load_images(data_dir: Path | None, image_size: int, report: Progress) -> Da
     try:
         tree = _list_folder(data_dir) if data_dir.is_dir() else _list_zip(data_dir)
         classes = _check_tree(data_dir, tree)
-        train, test = (_part(tree[name], classes) for name in ("train", "test"))
         if data_dir.is_dir():
-            stamps = [[name, *_stamp(data_dir / name)] for name in train.files + test.files]
+            names = [
+                name
+                for part in ("train", "test")
+                for label in classes
+                for name in tree[part][label]
+            ]
+            stamps = [[name, *_stamp(data_dir / name)] for name in names]
         else:
             stamps = [["", *_stamp(data_dir)]]
     except (zipfile.BadZipFile, OSError) as error:
@@ -526,6 +647,13 @@ def _load_images(data_dir: Path | None, image_size: int, report: Progress) -> Da
         "files": stamps,
         "image_size": image_size,
     }
+    return tree, classes, source
+
+
+def _load_images(data_dir: Path | None, image_size: int, report: Progress) -> Dataset:
+    tree, classes, source = _outline_images(data_dir, image_size)
+    assert data_dir is not None
+    train, test = (_part(tree[name], classes) for name in ("train", "test"))
 
     def decode() -> Dataset:
         with _reader(data_dir) as read:

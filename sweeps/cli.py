@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,6 +129,9 @@ def start(
             help="Extend each study of a stored sweep by K trials.",
         ),
     ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask before a run of more than a day.")
+    ] = False,
     storage_url: Storage = DEFAULT_STORAGE,
     data_dir: DataDir = None,
 ) -> None:
@@ -142,7 +146,8 @@ def start(
     with placed as place:
         code = run_sweep(
             spec, storage_url, data_dir=data_dir, workers=workers, place=place,
-            add_trials=add_trials or 0, again=shlex.join(again), out=_stdout(), err=_stderr(),
+            add_trials=add_trials or 0, again=shlex.join(again), yes=yes, out=_stdout(),
+            err=_stderr(),
         )  # fmt: skip
     raise typer.Exit(code)
 
@@ -176,6 +181,48 @@ def confirm(
             print_json=_print_json if as_json else None,
         )  # fmt: skip
     raise typer.Exit(code)
+
+
+@app.command(rich_help_panel="Run")
+def plan(
+    sweep: Annotated[str, typer.Argument(help="A preset, a TOML file, or a sweep in the store.")],
+    quick: Quick = False,
+    overrides: Overrides = None,
+    name: Name = None,
+    workers: Workers = None,
+    device: Annotated[
+        str | None, typer.Option(help="PyTorch's name of the device. Default: a GPU if any.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each worker. Default: the sweep's.")
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0, help="How long to measure, about; 0 only counts."),
+    ] = 20.0,
+    storage_url: Storage = DEFAULT_STORAGE,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a sweep, or what is left of it, takes: trials, epochs, disk, measured time."""
+    began = time.perf_counter()
+    spec = _load(sweep, storage_url, quick, overrides, name)
+    with _stderr().status("loading PyTorch and Optuna"):
+        from sweeps.plan import plan_lines, plan_table
+        from sweeps.preflight import plan_sweep
+
+    planned = plan_sweep(
+        spec, storage_url, data_dir=data_dir, workers=workers, device=device, threads=threads,
+        seconds=seconds, began=began, err=_stderr(),
+    )  # fmt: skip
+    if as_json:
+        _print_json(planned.as_dict())
+        return
+    out = _stdout()
+    out.print(f"{spec.name}: {spec.question}", highlight=False, markup=False, soft_wrap=True)
+    out.print(plan_table(planned))
+    for line in plan_lines(planned):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Run")
@@ -340,14 +387,30 @@ def status(
     sweep: Annotated[str | None, typer.Argument(help="One sweep. Default: all.")] = None,
     storage_url: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Follow one sweep until it is done; with --json, a line for each change.",
+        ),
+    ] = False,
 ) -> None:
     """Say how far the store's sweeps are, and the best setting of each study."""
+    if watch and sweep is None:
+        raise typer.BadParameter("--watch follows one sweep; give its name")
     from storage.engine import open_storage
     from sweeps.confirmation import read_answer
     from sweeps.report import answer_table, disk_line, outcome_lines
     from sweeps.studies import shown_url, stored_names, stored_sweep
 
     _quiet_libraries()
+    if watch:
+        from sweeps.watch import watch_sweep
+
+        assert sweep is not None
+        watch_sweep(sweep, storage_url, out=_stdout(), as_json=as_json)
+        if as_json:
+            return
     store = open_storage(storage_url, read_only=True)
     sweeps = [stored_sweep(store, name) for name in ([sweep] if sweep else stored_names(store))]
     statuses = [read_answer(store, s) for s in sweeps]

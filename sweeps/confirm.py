@@ -29,8 +29,8 @@ from sweeps.confirmation import SEED, Settings, read_answer, run_params, setting
 from sweeps.edits import Edit, decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place
+from sweeps.preflight import load_data
 from sweeps.run import (
-    check_data,
     done_code,
     place_of,
     print_answer,
@@ -136,7 +136,7 @@ def confirm_sweep(
         storage_url,
         lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
     )
-    fingerprints = check_data(plan.spec, data_dir, err)
+    fingerprints = load_data(plan.spec, data_dir, err).fingerprints
     for study, here in zip(plan.of.studies, fingerprints, strict=True):
         check_fingerprint(study.name, study.fingerprint, here)
     store = open_storage(storage_url)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batches import DeviceBatches, channel_statistics, normalise
+from data.batches import DeviceBatches, channel_statistics, normalise, updates_per_epoch
 from data.sources import Dataset, load_dataset, split_train
 from data.splits import split_devices
 from models import build_model, classifier_parameters, parameter_groups
@@ -49,6 +49,24 @@ class Progress:
     step: int
     score: float
     result: EpochResult
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much an epoch of a config is.
+
+    Attributes:
+        train_images: training images that are on any device, each counted once.
+        val_images: images that score a trial.
+        updates_per_epoch: as of `DeviceBatches`.
+        images_per_epoch: images that all devices bring to the updates of an epoch, over all
+            devices that take part.
+    """
+
+    train_images: int
+    val_images: int
+    updates_per_epoch: int
+    images_per_epoch: int
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,7 @@ class Objective:
             training.global_model(),
             batches,
             source.test_labels.to(self._device),
-            autocast_dtype=_autocast_dtype(config, self._device),
+            autocast_dtype=autocast_dtype(config, self._device),
         ).accuracy
 
     @property
@@ -207,6 +225,18 @@ class Objective:
             ValueError: if the config asks for what the splits or the models cannot do.
         """
         self._model(config, config.seed)
+
+    def sizes(self, config: TrialConfig) -> Sizes:
+        """Count the images and updates of an epoch; nothing is trained."""
+        prepared = self._prepare(config)
+        held = len(np.unique(np.concatenate(prepared.shards)))
+        updates = updates_per_epoch(held, config.global_batch_size)
+        return Sizes(
+            train_images=held,
+            val_images=len(prepared.val_labels),
+            updates_per_epoch=updates,
+            images_per_epoch=updates * config.global_batch_size,
+        )
 
     def _model(self, config: TrialConfig, seed: int) -> nn.Module:
         prepared = self._prepare(config)
@@ -264,7 +294,7 @@ class Objective:
             agc_clip_factor=None if isinstance(agc, str) else agc,
             label_smoothing=config.label_smoothing,
         )
-        dtype = _autocast_dtype(config, self._device)
+        dtype = autocast_dtype(config, self._device)
         groups, classifier = parameter_groups(model), classifier_parameters(model)
         algorithm: SynchronousSGD | FederatedAveraging
         if config.algorithm == "sync-sgd":
@@ -450,7 +480,8 @@ def _memory_format(config: TrialConfig, device: torch.device) -> torch.memory_fo
     return torch.channels_last
 
 
-def _autocast_dtype(config: TrialConfig, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(config: TrialConfig, device: torch.device) -> torch.dtype | None:
+    """What a config's forward passes are computed in; None for the parameters' own."""
     if config.precision == "float32":
         return None
     if config.precision == "bfloat16":

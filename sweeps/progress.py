@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.config import Value, written
-from sweeps.status import SweepStatus, TrialStatus
+from sweeps.status import OUTCOMES, SweepStatus, TrialStatus
 
 
 class View(Protocol):
@@ -26,9 +27,14 @@ class View(Protocol):
     def say(self, line: str) -> None: ...  # noqa: D102
 
 
-def open_view(console: Console) -> View:
-    """A live view on a terminal, plain lines elsewhere."""
-    return LiveView(console) if console.is_terminal else PlainView(console)
+def open_view(console: Console, hint: str = "") -> View:
+    """A live view on a terminal, plain lines elsewhere.
+
+    Args:
+        console: where it goes.
+        hint: what Ctrl-C does, shown below a live view.
+    """
+    return LiveView(console, hint) if console.is_terminal else PlainView(console)
 
 
 class PlainView:
@@ -65,11 +71,43 @@ class PlainView:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class LiveView:
-    """Studies, running trials and time left, redrawn in place."""
+class JsonView:
+    """One line of JSON for each change."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._shown: dict[str, Any] | None = None
+
+    def __enter__(self) -> JsonView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def update(self, status: SweepStatus) -> None:
+        """Print the state if it is another than before."""
+        state = status.as_dict()
+        if state != self._shown:
+            self._shown = state
+            self.say(json.dumps(state))
+
+    def say(self, line: str) -> None:
+        """Print one line, whole, at once."""
+        self._console.file.write(line + "\n")
+        self._console.file.flush()
+
+
+class LiveView:
+    """Studies, running trials and time left, redrawn in place.
+
+    Args:
+        console: a terminal.
+        hint: what Ctrl-C does.
+    """
+
+    def __init__(self, console: Console, hint: str = "") -> None:
+        self._console = console
+        self._hint = hint
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -112,7 +150,7 @@ class LiveView:
                 study_table(status),
                 _running_table(status),
                 _best_lines(status),
-                Text("Ctrl-C stops and keeps everything; start again to go on.", style="dim"),
+                Text(self._hint, style="dim"),
             )
         )
 
@@ -167,14 +205,14 @@ def study_table(status: SweepStatus) -> Table:
     """Each study's trials by outcome and its best accuracy so far."""
     table = PlainTable(box=None, pad_edge=False, header_style="dim")
     table.add_column("study", overflow="fold", ratio=1)
-    for column in ("done", "complete", "pruned", "diverged", "failed", "best"):
+    for column in ("done", "complete", "pruned", "diverged", "failed", "running", "best"):
         table.add_column(column, justify="right", no_wrap=True)
     for study in status.studies:
         best = study.best
         table.add_row(
             study.name.removeprefix(f"{status.name}/"),
             f"{study.finished}/{study.budget}",
-            *(str(study.count(o)) for o in ("complete", "pruned", "diverged", "failed")),
+            *(str(study.count(outcome)) for outcome in (*OUTCOMES, "running")),
             f"{best.accuracy:.4f}" if best and best.accuracy is not None else "–",
         )
     return table

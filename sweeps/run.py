@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import optuna
 import torch
@@ -28,14 +28,16 @@ from storage.engine import (
 )
 from storage.retries import StopRequestedError, is_transient, patience, reason, with_retries
 from storage.trials import TrialQueue
-from sweeps import search
-from sweeps.config import Value
+from sweeps import plan, search
 from sweeps.confirmation import read_answer
 from sweeps.edits import Edit
-from sweeps.errors import SpecError, SweepError, plural
-from sweeps.launch import Place, Slot, Workers
+from sweeps.errors import SweepError, plural
+from sweeps.launch import Place, Slot, ThisMachine, Workers
 from sweeps.limits import request_stop
-from sweeps.objective import Objective, dataset_identity, open_dataset, prepare_process
+from sweeps.objective import (
+    prepare_process,
+)
+from sweeps.preflight import agreed, device_named, estimate, load_data
 from sweeps.progress import open_view
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from optuna.storages import BaseStorage
+
 
 POLL_SECONDS = 0.5
 
@@ -64,6 +67,7 @@ def run_sweep(
     place: Place,
     add_trials: int = 0,
     again: str,
+    yes: bool = True,
     out: Console,
     err: Console,
 ) -> int:
@@ -77,11 +81,14 @@ def run_sweep(
         place: where they run.
         add_trials: by how many the budget of each stored study grows.
         again: the command that goes on after an interruption.
+        yes: do not ask before a run that is estimated to take longer than a day. Nobody is asked
+            where there is no terminal.
         out: gets the answer.
         err: gets the progress.
 
     Returns:
-        The exit status: 0 done, 1 if workers failed, 130 after an interruption.
+        The exit status: 0 done, 1 if workers failed or the answer was no, 130 after an
+        interruption.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search.check(spec)
@@ -93,21 +100,28 @@ def run_sweep(
         storage_url,
         lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
     )
-    fingerprints = check_data(spec, data_dir, err)
+    checked = load_data(spec, data_dir, err)
+    found = None
+    if isinstance(place, ThisMachine):
+        found = estimate(spec, storage_url, data_dir, workers, checked, add_trials, err)
+    if found is not None and not yes and not agreed(found, err):
+        err.print(f"sweep: {spec.name} was not started", highlight=False, markup=False)
+        return 1
     store = open_storage(storage_url)
 
     addition = Addition(add_trials)
 
     def create() -> list[Edit]:
         with exclusive(store, storage_url):
-            return create_or_resume(store, spec, fingerprints, addition=addition)
+            return create_or_resume(store, spec, checked.fingerprints, addition=addition)
 
     with patience(place_of(storage_url)):
         changed = with_retries(create)
     print_edits(changed, spec.name, err)
     code, status = run_to_end(
-        spec, store, storage_url, data_dir=data_dir, workers=workers, place=place, err=err
-    )
+        spec, store, storage_url, data_dir=data_dir, workers=workers, place=place, found=found,
+        err=err,
+    )  # fmt: skip
     close_storage(store, storage_url)
     if status is not None:
         print_answer(status, storage_url, again, out)
@@ -122,6 +136,7 @@ def run_to_end(
     data_dir: Path | None,
     workers: int | None,
     place: Place,
+    found: plan.Plan | None = None,
     err: Console,
 ) -> tuple[int, SweepStatus | None]:
     """Run workers until a sweep that is in the store is done.
@@ -133,12 +148,14 @@ def run_to_end(
         data_dir: where the data set is, None for its usual place.
         workers: how many processes, None for as many as suit the place.
         place: where they run.
+        found: what it is estimated to take; the speed of its trials is then kept for later ones.
         err: gets the progress.
 
     Returns:
         The exit status, as of `run_sweep`, and the sweep's state then; None if the wait for the
         store was interrupted.
     """
+    began = datetime.now()
     watcher = open_storage(storage_url, read_only=True)
 
     def read() -> SweepStatus:
@@ -152,6 +169,8 @@ def run_to_end(
     err.print(
         _opening(status, storage_url, len(slots)), highlight=False, markup=False, soft_wrap=True
     )
+    if found is not None and not status.done:
+        err.print(found.line(), highlight=False, markup=False, soft_wrap=True)
     code = 0
     if not status.done:
         try:
@@ -164,6 +183,10 @@ def run_to_end(
                 highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
             return 130, None
+    if found is not None:
+        with_retries(
+            lambda: plan.keep_speeds(watcher, stored_sweep(watcher, spec.name), slots, began)
+        )
     status = with_retries(lambda: read_answer(watcher, stored_sweep(watcher, spec.name)))
     close_storage(watcher, storage_url)
     if status.done:
@@ -227,7 +250,8 @@ def _run_workers(
     variables = {"SWEEP_STORAGE": storage_url}
     with _signals() as signals, _patience(storage_url, signals):
         try:
-            with open_view(err) as view:
+            hint = "Ctrl-C stops and keeps everything; start again to go on."
+            with open_view(err, hint) as view:
 
                 def update() -> bool:
                     # Nobody waits for the view: the workers say that the store is away.
@@ -288,7 +312,7 @@ def run_worker(
         DataError: the data set is missing or broken.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    chosen = _device(device)
+    chosen = device_named(device)
     prepare_process(chosen, threads or torch.get_num_threads())
     options = WorkerOptions(
         worker_id=new_worker_id(str(chosen)),
@@ -420,65 +444,6 @@ def _supervise(
                 processes.stop()
             else:
                 processes.kill()
-
-
-# Settings that the splits or the models may refuse.
-STRUCTURAL = (
-    "model", "width_factor", "norm", "num_groups", "batch_statistics", "num_devices", "split",
-    "classes_per_device", "assignment", "alpha", "min_images_per_device", "shared_images",
-    "algorithm",
-)  # fmt: skip
-MAX_STRUCTURES = 64
-
-
-def check_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> list[str]:
-    """Load each cell's data set and try its splits and models; return the fingerprints."""
-    objectives: dict[Any, Objective] = {}
-    fingerprints = []
-    for cell in spec.cells:
-        config = spec.config(cell, spec.lowest_params())
-        identity = dataset_identity(config)
-        if identity not in objectives:
-            dataset = open_dataset(
-                config,
-                data_dir,
-                lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
-            )
-            objectives[identity] = Objective(dataset, torch.device("cpu"))
-        for params in _structures(spec):
-            try:
-                objectives[identity].check(spec.config(cell, params))
-            except ValueError as error:
-                raise SpecError(f"{spec.study_name(cell)}: {error}") from error
-        fingerprints.append(objectives[identity].fingerprint)
-    return fingerprints
-
-
-def _structures(spec: SweepSpec) -> Iterator[dict[str, Value]]:
-    """Points of the search space that differ in what splits and models are made from."""
-    lowest = spec.lowest_params()
-    axes = [
-        [(name, value) for value in space.values()]
-        for name, space in spec.search.items()
-        if name in STRUCTURAL
-    ]
-    for combination in itertools.islice(itertools.product(*axes), MAX_STRUCTURES):
-        yield {**lowest, **dict(combination)}
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SweepError(
-            f"device {name!r} cannot be used ({reason}); accepted: 'cpu', or 'cuda:0' and so on "
-            "where PyTorch finds a GPU"
-        ) from None
-    return device
 
 
 def print_edits(changed: list[Edit], name: str, err: Console) -> None:

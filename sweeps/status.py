@@ -138,7 +138,7 @@ class SweepStatus:
         return bool(self.spent) or all(study.finished >= study.budget for study in self.studies)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`: counts by outcome, budget, best value and parameters of each study."""
+        """For `--json`: counts by outcome, budget, best trial and running ones of each study."""
         return {
             "name": self.name,
             "title": self.title,
@@ -161,6 +161,9 @@ class SweepStatus:
                     },
                     "best": dataclasses.asdict(study.best) if study.best else None,
                     "tries": [dataclasses.asdict(t) for t in study.trials if t.label],
+                    "running": [
+                        dataclasses.asdict(t) for t in study.trials if t.outcome == "running"
+                    ],
                 }
                 for study in self.studies
             ],

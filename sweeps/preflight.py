@@ -1,0 +1,256 @@
+"""What `sweep start` and `sweep plan` look at before anything runs: data, networks, time."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+import torch
+from rich.console import Console
+
+from storage.engine import (
+    EmptyStorageError,
+    StorageError,
+    check_url,
+    close_storage,
+    open_storage,
+    sqlite_path,
+)
+from sweeps import plan, search
+from sweeps.config import TrialConfig, Value
+from sweeps.edits import edits
+from sweeps.errors import SpecError, SweepError
+from sweeps.launch import Slot, plan_slots
+from sweeps.objective import Objective, Sizes, dataset_identity, open_dataset
+from sweeps.sampling import sampling_dataset
+from sweeps.spec import SweepSpec
+from sweeps.studies import stored_names, stored_sweep
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+    from data.sources import Dataset
+
+# Settings that the splits or the models may refuse.
+STRUCTURAL = (
+    "model", "width_factor", "norm", "num_groups", "batch_statistics", "num_devices", "split",
+    "classes_per_device", "assignment", "alpha", "min_images_per_device", "shared_images",
+    "algorithm",
+)  # fmt: skip
+MAX_STRUCTURES = 64
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What looking at the data sets of a sweep has found.
+
+    Attributes:
+        fingerprints: of each cell's data set.
+        sizes: of an epoch of each cell.
+        datasets: by `dataset_identity`.
+    """
+
+    fingerprints: list[str]
+    sizes: list[Sizes]
+    datasets: dict[tuple[Value, ...], Dataset]
+
+
+def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset]) -> Checked:
+    """Open each cell's data set and try its splits and models."""
+    objectives: dict[tuple[Value, ...], Objective] = {}
+    checked = Checked([], [], {})
+    for cell in spec.cells:
+        config = spec.config(cell, spec.lowest_params())
+        identity = dataset_identity(config)
+        if identity not in objectives:
+            checked.datasets[identity] = open_(config)
+            objectives[identity] = Objective(checked.datasets[identity], torch.device("cpu"))
+        for params in _structures(spec):
+            try:
+                objectives[identity].check(spec.config(cell, params))
+            except ValueError as error:
+                raise SpecError(f"{spec.study_name(cell)}: {error}") from error
+        checked.fingerprints.append(objectives[identity].fingerprint)
+        checked.sizes.append(objectives[identity].sizes(config))
+    return checked
+
+
+def load_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> Checked:
+    """Load each cell's data set, downloading what is missing, and check it.
+
+    Raises:
+        DataError: a data set is missing or broken.
+        SpecError: its splits or models cannot be made.
+    """
+
+    def say(line: str) -> None:
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return check_data(spec, lambda config: open_dataset(config, data_dir, say))
+
+
+def _structures(spec: SweepSpec) -> Iterator[dict[str, Value]]:
+    """Points of the search space that differ in what splits and models are made from."""
+    lowest = spec.lowest_params()
+    axes = [
+        [(name, value) for value in space.values()]
+        for name, space in spec.search.items()
+        if name in STRUCTURAL
+    ]
+    for combination in itertools.islice(itertools.product(*axes), MAX_STRUCTURES):
+        yield {**lowest, **dict(combination)}
+
+
+def plan_sweep(
+    spec: SweepSpec,
+    storage_url: str,
+    *,
+    data_dir: Path | None,
+    workers: int | None,
+    device: str | None,
+    threads: int | None,
+    seconds: float,
+    began: float,
+    err: Console,
+) -> plan.Plan:
+    """Say what a sweep, or what is left of it, comes to; it is not started, and no store is made.
+
+    Args:
+        spec: what would run.
+        storage_url: a store that may hold some of it.
+        data_dir: where the data set is, None for its usual place.
+        workers, threads: as `sweep start` would divide this machine; None for the usual.
+        device: where every worker would run, None for the usual.
+        seconds: for how long to measure; 0 only counts.
+        began: when the command was started, by `time.perf_counter`.
+        err: gets the progress.
+
+    Raises:
+        SpecError: the spec is wrong, or the store has another one under its name.
+        DataError: the data set is missing and cannot be downloaded.
+        SweepError: the device cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search.check(spec)
+    check_url(storage_url)
+    chosen = None if device is None else str(device_named(device))
+
+    def slots(trials: int) -> list[Slot]:
+        found = plan_slots(workers, threads or spec.workers.threads, trials)
+        return [Slot(chosen or slot.device, threads or slot.threads) for slot in found]
+
+    with err.status("looking at the data") as shown:
+        data = plan.outlines(spec, data_dir)
+        checked = check_data(spec, lambda config: sampling_dataset(config, data_dir))
+        store = _reading(storage_url)
+        try:
+            if store is not None and spec.name in stored_names(store):
+                edits(stored_sweep(store, spec.name).spec, spec)  # refuses what start would
+            planned = plan.count(spec, checked.sizes, store, slots=slots, data=data)
+        finally:
+            if store is not None:
+                close_storage(store, storage_url)
+        return plan.measured(planned, data_dir, seconds, began=began, say=shown.update)
+
+
+GLANCE_SECONDS = 1.0
+"""How long a start may measure what was never measured on this machine."""
+
+
+def estimate(
+    spec: SweepSpec,
+    storage_url: str,
+    data_dir: Path | None,
+    workers: int | None,
+    checked: Checked,
+    add_trials: int,
+    err: Console,
+) -> plan.Plan | None:
+    """What the run will take, by what is known of this machine's speed, or by a glance at it.
+
+    A GPU is looked at only where somebody may be asked: that takes processes of its own, since its
+    memory would stay with this one.
+    """
+    began = time.perf_counter()
+    try:
+        store = _reading(storage_url)
+    except StorageError:
+        return None  # which opening it to write explains better
+    try:
+        found = plan.count(
+            spec,
+            checked.sizes,
+            store,
+            slots=lambda left: plan_slots(workers, spec.workers.threads, left),
+            add_trials=add_trials,
+        )
+    finally:
+        if store is not None:
+            close_storage(store, storage_url)
+    found = plan.recalled(found)
+    if not found.known:
+        if found.slots[0].device == "cpu":
+            found = plan.glanced(
+                found,
+                lambda config: checked.datasets[dataset_identity(config)],
+                GLANCE_SECONDS,
+                threads=found.slots[0].threads,
+            )
+        elif err.is_terminal and sys.stdin.isatty():
+            with err.status("measuring") as shown:
+                found = plan.measured(
+                    found, data_dir, GLANCE_SECONDS, began=began, say=shown.update
+                )
+    return found if found.known else None
+
+
+def agreed(found: plan.Plan, err: Console) -> bool:
+    """Ask before a long run, where there is somebody to ask."""
+    if found.seconds(pruning=True) <= plan.DAY:
+        return True
+    if not (err.is_terminal and sys.stdin.isatty()):
+        return True
+    err.print(found.line(), highlight=False, markup=False, soft_wrap=True)
+    err.print("start it? [y/N] ", end="", highlight=False, markup=False)
+    try:
+        answer = input()
+    except EOFError:
+        return False
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _reading(storage_url: str) -> BaseStorage | None:
+    """A store to look into; None where there is none yet."""
+    file = sqlite_path(storage_url)
+    if file is not None and not file.exists():
+        return None
+    try:
+        return open_storage(storage_url, read_only=True)
+    except EmptyStorageError:
+        return None
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device that PyTorch calls so; without a name, a GPU if there is one.
+
+    Raises:
+        SweepError: it cannot be used.
+    """
+    if name is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SweepError(
+            f"device {name!r} cannot be used ({reason}); accepted: 'cpu', or 'cuda:0' and so on "
+            "where PyTorch finds a GPU"
+        ) from None
+    return device
