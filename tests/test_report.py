@@ -19,7 +19,8 @@ from data.sources import load_dataset
 from storage.engine import open_storage
 from sweeps import search
 from sweeps.errors import SweepError
-from sweeps.figures import COLOURS, MAX_POINTS, Figure, make_figures
+from sweeps.figures import Figure, make_figures
+from sweeps.figures.parts import COLOURS, MAX_POINTS
 from sweeps.findings import DATASET_IMAGES, Findings, headline, read_findings, study_sentences
 from sweeps.page import default_folder, page_html, results_csv, table_markdown, write_report
 from sweeps.spec import SweepSpec
@@ -327,7 +328,7 @@ def test_many_trials_are_thinned_and_the_page_says_so(
 ) -> None:
     found = findings(many_trials(tmp_path, 40))
     assert "Thinned" not in figures(found)["map"].caption
-    monkeypatch.setattr("sweeps.figures.MAX_POINTS", 20)
+    monkeypatch.setattr("sweeps.figures.parts.MAX_POINTS", 20)
     drawn = figures(found)
     for key in ("map", "history"):
         assert "Thinned to about 20 trials of each study" in drawn[key].caption
