@@ -248,6 +248,39 @@ def _known(findings: Findings, study: StudyFindings, trial: TrialStatus) -> str:
     return said + "."
 
 
+def comparison_sentences(sweeps: Sequence[Findings]) -> list[str]:
+    """The best accuracies of several sweeps, side by side for each setting that they share.
+
+    Empty where no two of them have a study with equal enumerated settings, or only one is given.
+    """
+    shared: dict[str, list[tuple[float, str, StudyFindings]]] = {}
+    for sweep in sweeps:
+        for study in sweep.studies:
+            best = study.status.best
+            if best is not None and best.accuracy is not None:
+                name = ", ".join(f"{k} = {written(v)}" for k, v in study.status.cell.items())
+                shared.setdefault(name, []).append((best.accuracy, sweep.status.name, study))
+    said = []
+    for name, found in shared.items():
+        if len(found) < 2:
+            continue
+        found.sort(key=lambda entry: -entry[0])
+        parts = [
+            f"{sweep} {value:.4f}{_uncertainty(study, value)}" for value, sweep, study in found
+        ]
+        sentence = f"{name}: {', '.join(parts)}" if name else ", ".join(parts)
+        (high, _, first), (low, _, second) = found[0], found[1]
+        errors = [s.standard_error(v) for s, v in ((first, high), (second, low))]
+        if not first.seed_accuracies and not second.seed_accuracies and None not in errors:
+            # Of the difference of two independent proportions.
+            error = math.hypot(*(e for e in errors if e is not None))
+            if high - low <= error:
+                which = "the first two differ" if len(found) > 2 else "they differ"
+                sentence += f"; {which} by less than the standard error of that, {error:.4f}"
+        said.append(sentence + ".")
+    return said
+
+
 def notes(findings: Findings) -> list[str]:
     """What to keep in mind when reading the accuracies."""
     status = findings.status

@@ -26,6 +26,7 @@ from sweeps.errors import SweepError
 from sweeps.figures import Figure, make_figures
 from sweeps.findings import (
     Findings,
+    comparison_sentences,
     headline,
     notes,
     progress_sentence,
@@ -159,6 +160,9 @@ def page_html(findings: Sequence[Findings], figures: Sequence[Figure], written: 
     title = " · ".join(dict.fromkeys(sweep.title for sweep in findings))
     many = len(findings) > 1
     body = "".join(_answer(sweep, heading=many) for sweep in findings)
+    if said := comparison_sentences(findings):
+        items = "".join(f"<li>{_text(sentence)}</li>" for sentence in said)
+        body = f'<section class="headline"><ul>{items}</ul></section>{body}'
     if figures:
         body += "".join(_figure(figure) for figure in figures)
     else:
@@ -220,8 +224,9 @@ def _answer_table(sweep: Findings) -> str:
             kind = ' class="best"' if row.setting == "best" else ""
             body += f"<tr{kind}>{_cells(columns, cells)}</tr>"
     heads = "".join(f"<th{_align(column)}>{_text(column)}</th>" for column in columns)
+    kind = ' class="settings"' if status.searched else ""
     return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>'
+        f'<div class="scroll"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sweeps.config import written
@@ -26,21 +27,41 @@ from sweeps.figures.parts import (
 from sweeps.findings import StudyFindings
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What tells the studies of a report apart.
+
+    Attributes:
+        axis: the numeric setting along which a line of studies stands, or None.
+        positions: of each study on that axis, or its name where there is none, by its index.
+        lines: studies that differ in the axis alone; "best" is the only one's name.
+    """
+
+    axis: str | None
+    positions: Mapping[int, Any]
+    lines: Mapping[str, list[Entry]]
+
+
+def compare(entries: list[Entry]) -> Comparison:
+    """Find the axis that studies are compared along, the batch size before any other."""
+    axis = _axis(entries)
+    if axis is None:
+        return Comparison(None, {e.index: wrap(e.name) for e in entries}, {"best": entries})
+    lines: dict[str, list[Entry]] = {}
+    for entry in entries:
+        lines.setdefault(_line_name(entries, entry, axis), []).append(entry)
+    return Comparison(axis, {e.index: getattr(e.study.config, axis) for e in entries}, lines)
+
+
 def best_by_axis(entries: list[Entry]) -> Figure | None:
     """The best accuracy of each study against the batch size, or what else they differ in."""
     with_best = [e for e in entries if e.study.status.best is not None]
     if len(entries) < 2 or not with_best:
         return None
-    axis = _axis(entries)
-    if axis is None:
-        positions: dict[int, Any] = {e.index: wrap(e.name) for e in entries}
-        lines = {"best": entries}
-    else:
-        positions = {e.index: getattr(e.study.config, axis) for e in entries}
-        lines = {}
-        for entry in entries:
-            lines.setdefault(_line_name(entries, entry, axis), []).append(entry)
-    floor, top = bounds(t for e in entries for t in [e.study.status.best, *labelled(e)] if t)
+    comparison = compare(entries)
+    axis, positions, lines = comparison.axis, comparison.positions, comparison.lines
+    scored = [t for e in entries for t in [e.study.status.best, *labelled(e)] if t]
+    floor, top = bounds(scored, [accuracy for e in entries for accuracy in _ends(e)])
     traces: list[dict[str, Any]] = []
     for number, (name, line) in enumerate(lines.items()):
         traces += _line(name, number, line, positions, floor, joined=axis is not None)
@@ -160,6 +181,15 @@ def _error(study: StudyFindings, accuracy: float) -> tuple[float, float]:
         else None
     )
     return (error, error) if error is not None else (0.0, 0.0)
+
+
+def _ends(entry: Entry) -> list[float]:
+    """Both ends of the bar of a study's best accuracy."""
+    best = entry.study.status.best
+    if best is None or best.accuracy is None:
+        return []
+    low, high = _error(entry.study, best.accuracy)
+    return [best.accuracy - low, best.accuracy + high]
 
 
 def _best_caption(

@@ -70,7 +70,7 @@ def optimization_history(entries: list[Entry]) -> Figure | None:
             y=score_axis(floor, top),
             height=340,
         )
-        panels.append(Panel(entry.name, make_plot(traces, layout)))
+        panels.append(Panel(entry.name, make_plot(traces, layout), entry.study.status.name))
         best = entry.study.status.best
         if best is not None:
             later = sum(

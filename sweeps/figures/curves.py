@@ -51,8 +51,8 @@ def validation_curves(entries: list[Entry]) -> Figure | None:
                     "hovertemplate": "%{text}<br>epoch %{x}: %{y:.4f}<extra></extra>",
                     "line": {
                         "color": entry.colour,
-                        "dash": entry.dash if best else "dot",
-                        "width": 2 if best else 1.2,
+                        "dash": entry.dash if best else "solid",
+                        "width": 2 if best else 1,
                     },
                     "marker": {
                         "color": entry.colour,
@@ -102,7 +102,7 @@ def _curves_caption(shown: list[Entry], cut: int, thinned: bool) -> str:
     if diverged:
         unseen = sum(t.outcome == "diverged" and t.step == 0 for e in drawn for t in e.trials)
         parts.append(
-            f"Dotted, cut at a cross: {cut} of the {diverged} trials that diverged"
+            f"Thin, cut at a cross: {cut} of the {diverged} trials that diverged"
             + (f"; {unseen} did so before an epoch had ended" if unseen else "")
             + "."
         )

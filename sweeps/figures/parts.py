@@ -24,7 +24,7 @@ GREY = "#767676"
 DIVERGED = "#D55E00"
 
 MAX_POINTS = 400
-"""Trials drawn of each study in one panel."""
+"""Trials drawn in one panel, by all studies in it."""
 
 MAX_EPOCHS = 100
 """Points drawn of each curve."""
@@ -37,10 +37,17 @@ BATCH = "global_batch_size"
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of a figure; its title is plain text."""
+    """One plot of a figure.
+
+    Attributes:
+        title: plain text, or "".
+        plot: what is drawn.
+        study: the full name of the one study that it shows, or "".
+    """
 
     title: str
     plot: PlotlyFigure
+    study: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,18 +191,28 @@ def labelled(entry: Entry) -> list[TrialStatus]:
     return [t for t in entry.trials if t.label]
 
 
-def thin(entry: Entry) -> list[TrialStatus]:
-    """At most `MAX_POINTS` trials: the best and the labelled ones, the rest evenly spaced."""
-    trials, best = entry.drawable, entry.study.status.best
-    if len(trials) <= MAX_POINTS:
+def thin(entry: Entry, studies: int = 1) -> list[TrialStatus]:
+    """The best trial, the labelled ones, and as many others, evenly spaced, as can be told apart.
+
+    Args:
+        entry: the study.
+        studies: how many share a panel.
+    """
+    trials, best, limit = entry.drawable, entry.study.status.best, _point_limit(studies)
+    if len(trials) <= limit:
         return trials
-    chosen = {round(i) for i in np.linspace(0, len(trials) - 1, MAX_POINTS)}
+    chosen = {round(i) for i in np.linspace(0, len(trials) - 1, limit)}
     return [t for i, t in enumerate(trials) if i in chosen or t.label or t is best]
 
 
-def thinning(thinned: bool) -> list[str]:
+def thinning(thinned: bool, studies: int = 1) -> list[str]:
     """The sentence that says so where trials were left out by `thin`."""
-    return [f"Thinned to about {MAX_POINTS} trials of each study, evenly."] if thinned else []
+    limit = _point_limit(studies)
+    return [f"Thinned to about {limit} trials of each study, evenly."] if thinned else []
+
+
+def _point_limit(studies: int) -> int:
+    return max(MAX_POINTS // 8, MAX_POINTS // studies)
 
 
 def make_caption(parts: Sequence[str], lines: Sequence[str]) -> str:
@@ -209,13 +226,19 @@ def left_out(shown: list[Entry]) -> list[str]:
     return [f"The first {MAX_STUDIES} studies are drawn; {rest} are left out."] if rest > 0 else []
 
 
-def bounds(trials: Iterable[TrialStatus]) -> tuple[float, float]:
-    """The lower edge, on which diverged trials stand, and the upper end of an accuracy axis."""
+def bounds(trials: Iterable[TrialStatus], others: Iterable[float] = ()) -> tuple[float, float]:
+    """The lower edge, on which diverged trials stand, and the upper end of an accuracy axis.
+
+    Args:
+        trials: which are drawn on it.
+        others: further accuracies that it has room for.
+    """
     values = [
         t.accuracy
         for t in trials
         if t.accuracy is not None and t.outcome not in ("diverged", "failed")
     ]
+    values += others
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)

@@ -35,7 +35,8 @@ def accuracy_by_setting(entries: list[Entry]) -> Figure | None:
     names = list(dict.fromkeys(name for e in entries for name in e.sweep.status.searched))
     shown = [e for e in entries if e.drawable]
     panels, said = [], []
-    thinned = False
+    thinned = chosen = False
+    most = 1
     floor, top = bounds(t for e in shown for t in e.drawable if t.outcome != "diverged")
     for name in names:
         group = [
@@ -48,12 +49,16 @@ def accuracy_by_setting(entries: list[Entry]) -> Figure | None:
             continue
         space = group[0].sweep.spec.search[name]
         traces: list[dict[str, Any]] = []
-        for entry in group[:MAX_STUDIES]:
-            trials = thin(entry)
+        drawn = group[:MAX_STUDIES]
+        most = max(most, len(drawn))
+        choices = _choices(drawn, name) if space.choices else []
+        chosen |= bool(choices) and len(drawn) > 1
+        for place, entry in enumerate(drawn):
+            trials = thin(entry, len(drawn))
             thinned |= len(trials) < len(entry.drawable)
-            traces += _slice_points(entry, trials, name, space, floor)
+            traces += _slice_points(entry, trials, name, choices, floor, (place, len(drawn)))
         layout = make_layout(
-            x=_searched_axis(name, space),
+            x=_searched_axis(name, space, choices),
             y=score_axis(floor, top),
             height=360,
         )
@@ -77,18 +82,27 @@ def accuracy_by_setting(entries: list[Entry]) -> Figure | None:
         "Each trial by one searched setting; the others differ too. Filled: complete. Hollow: "
         "pruned, at their last accuracy. Crosses on the lower edge: diverged."
     )
+    if chosen:
+        caption += " Studies stand side by side in each choice."
     return Figure(
         "settings",
         "Accuracy against searched settings",
-        make_caption([caption, *left_out(shown), *thinning(thinned)], said),
+        make_caption([caption, *left_out(shown), *thinning(thinned, most)], said),
         panels,
     )
 
 
 def _slice_points(
-    entry: Entry, trials: list[TrialStatus], name: str, space: Range, floor: float
+    entry: Entry,
+    trials: list[TrialStatus],
+    name: str,
+    choices: list[str],
+    floor: float,
+    place: tuple[int, int],
 ) -> list[dict[str, Any]]:
+    """One study's trials by one setting; `place` is its own among the studies of the panel."""
     traces: list[dict[str, Any]] = []
+    many = len(trials) * place[1] > 120
     for outcome in ("complete", "pruned", "diverged"):
         group = [t for t in trials if t.outcome == outcome and name in t.params]
         if not group:
@@ -102,7 +116,9 @@ def _slice_points(
                 "legendgroup": str(entry.index),
                 "showlegend": not traces,
                 "x": [
-                    plain(written(t.params[name])) if space.choices else t.params[name]
+                    _beside(t, choices.index(written(t.params[name])), place)
+                    if choices
+                    else t.params[name]
                     for t in group
                 ],
                 "y": [floor if outcome == "diverged" else t.accuracy for t in group],
@@ -111,10 +127,10 @@ def _slice_points(
                 "marker": {
                     "color": entry.colour,
                     "symbol": hollow[outcome],
-                    "size": 7 if len(trials) <= 60 else 5,
+                    "size": 5 if many else 7,
                     "line": {
                         "color": entry.colour,
-                        "width": 0 if outcome == "complete" else 1.5,
+                        "width": 0 if outcome == "complete" else 1 if many else 1.5,
                     },
                 },
             }
@@ -122,11 +138,27 @@ def _slice_points(
     return traces
 
 
-def _searched_axis(name: str, space: Range) -> dict[str, Any]:
+def _beside(trial: TrialStatus, choice: int, place: tuple[int, int]) -> float:
+    """Where a trial stands around the tick of its choice, so that it covers few others."""
+    mine, studies = place
+    width = 0.76 / studies
+    # Multiples of the golden ratio spread evenly, however many there are.
+    spread = (trial.number * 0.618034) % 1 - 0.5
+    return round(choice + (mine - (studies - 1) / 2 + 0.7 * spread) * width, 4)
+
+
+def _choices(drawn: list[Entry], name: str) -> list[str]:
+    """All choices of a setting, as text: sweeps may differ in them, and specs be edited."""
+    offered = [c for e in drawn for c in e.sweep.spec.search[name].choices or ()]
+    taken = [t.params[name] for e in drawn for t in e.drawable if name in t.params]
+    return list(dict.fromkeys(map(written, (*offered, *taken))))
+
+
+def _searched_axis(name: str, space: Range, choices: list[str]) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": name}}
-    if space.choices:
-        texts = [plain(written(choice)) for choice in space.choices]
-        return {**axis, "type": "category", "categoryorder": "array", "categoryarray": texts}
+    if choices:
+        ticks = {"tickvals": list(range(len(choices))), "ticktext": [plain(c) for c in choices]}
+        return {**axis, **ticks, "range": [-0.6, len(choices) - 0.4], "showgrid": False}
     return {**axis, "type": "log", **log_ticks()} if space.log else axis
 
 
