@@ -349,14 +349,21 @@ def report(
     # All that is read stays until the end: looking for garbage in it takes a third of the time.
     gc.disable()
     from storage.engine import open_storage
+    from sweeps.dashboard import keep_figures
+    from sweeps.findings import read_findings
     from sweeps.page import default_folder, write_report
     from sweeps.studies import stored_sweep
 
     _quiet_libraries()
     store = open_storage(storage_url, read_only=True)
     names = list(dict.fromkeys(sweeps))
-    found = [stored_sweep(store, name) for name in names]
-    typer.echo(write_report(store, found, folder or default_folder(names)))
+    findings = [read_findings(store, stored_sweep(store, name)) for name in names]
+    typer.echo(write_report(findings, folder or default_folder(names)))
+    try:
+        keep_figures(storage_url, findings)
+    except SweepError as error:
+        # The report is there; whoever may only read the store needs no more.
+        typer.echo(f"sweep: {error}", err=True)
 
 
 @app.command(rich_help_panel="Look")

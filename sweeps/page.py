@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sweeps.errors import SweepError
 from sweeps.figures import Figure, make_figures
@@ -30,17 +29,11 @@ from sweeps.findings import (
     headline,
     notes,
     progress_sentence,
-    read_findings,
     study_sentences,
     trial_rows,
 )
 from sweeps.report import answer_columns, answer_note, answer_rows, short_name
 from sweeps.status import OUTCOMES
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
-    from sweeps.studies import StoredSweep
 
 PAGE = "index.html"
 
@@ -53,12 +46,11 @@ def default_folder(names: Sequence[str]) -> Path:
     return Path(f"{'+'.join(names)}-report")
 
 
-def write_report(store: BaseStorage, sweeps: Sequence[StoredSweep], folder: Path) -> Path:
+def write_report(findings: Sequence[Findings], folder: Path) -> Path:
     """Write the page and its tables; files of an earlier report are replaced one by one.
 
     Args:
-        store: read, never written.
-        sweeps: at least one.
+        findings: of one sweep, or of several that share the figures.
         folder: created if it is not there.
 
     Returns:
@@ -67,7 +59,6 @@ def write_report(store: BaseStorage, sweeps: Sequence[StoredSweep], folder: Path
     Raises:
         SweepError: if the folder cannot be written.
     """
-    findings = [read_findings(store, sweep) for sweep in sweeps]
     figures = make_figures(findings)
     files = {
         "results.csv": results_csv(findings),

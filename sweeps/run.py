@@ -134,8 +134,23 @@ def run_sweep(
     close_storage(store, storage_url)
     _print_answer(status, storage_url, again, out)
     if status.done:
+        _keep_figures(spec.name, storage_url, err)
         return _done_code(status, err)
     return 130 if status.stop_requests != requests_before else code
+
+
+def _keep_figures(name: str, storage_url: str, err: Console) -> None:
+    """Save the figures of a sweep that has ended where optuna-dashboard shows them."""
+    from sweeps.dashboard import keep_figures
+    from sweeps.findings import read_findings
+
+    store = open_storage(storage_url, read_only=True)
+    try:
+        keep_figures(storage_url, [read_findings(store, stored_sweep(store, name))])
+    except SweepError as error:
+        err.print(f"sweep: {error}", highlight=False, markup=False, soft_wrap=True)
+    finally:
+        close_storage(store, storage_url)
 
 
 def _done_code(status: SweepStatus, err: Console) -> int:

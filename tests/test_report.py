@@ -411,8 +411,8 @@ def test_an_interrupted_write_leaves_the_old_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = known_sweep(tmp_path)
-    sweeps = [stored_sweep(store, "known")]
-    page = write_report(store, sweeps, tmp_path / "out")
+    found = [findings(store)]
+    page = write_report(found, tmp_path / "out")
     before = {f.name: f.read_bytes() for f in page.parent.iterdir()}
 
     def full(_: int) -> None:
@@ -420,7 +420,7 @@ def test_an_interrupted_write_leaves_the_old_report(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SweepError, match="No space left"):
-        write_report(store, sweeps, tmp_path / "out")
+        write_report(found, tmp_path / "out")
     assert {f.name: f.read_bytes() for f in page.parent.iterdir()} == before
 
 

@@ -17,6 +17,7 @@ from sweeps.figures.parts import (
     left_out,
     make_caption,
     make_layout,
+    make_pattern,
     make_plot,
     score_axis,
     thin,
@@ -135,7 +136,7 @@ def epochs_saved(entries: list[Entry]) -> Figure | None:
             "y": names,
             "x": [epochs[key] for _, epochs in found],
             "hovertemplate": "%{y}<br>%{x:,} epochs " + label + "<extra></extra>",
-            "marker": {"color": colour, "pattern": {"shape": shape, "solidity": 0.3}},
+            "marker": {"color": colour, "pattern": make_pattern(shape)},
         }
         for key, label, colour, shape in (
             ("spent", "spent", COLOURS[0], ""),

@@ -17,6 +17,7 @@ from sweeps.figures.parts import (
     log_ticks,
     make_caption,
     make_layout,
+    make_pattern,
     make_plot,
     plain,
     score_axis,
@@ -179,7 +180,7 @@ def setting_importance(entries: list[Entry]) -> Figure | None:
             "hovertemplate": "%{y}: %{x:.0%}<extra>" + plain(entry.name) + "</extra>",
             "marker": {
                 "color": entry.colour,
-                "pattern": {"shape": ("", "/", "x", ".")[entry.index % 4], "solidity": 0.25},
+                "pattern": make_pattern(("", "/", "x", ".")[entry.index % 4]),
             },
         }
         for entry in drawn
