@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import threading
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
     from sweeps.worker import StopRequest
 
 DEFAULT_STORAGE = "sqlite:///sweep.db"
+
+
+class PictureFormat(StrEnum):
+    """What `sweep report --format` takes."""
+
+    PNG = "png"
+    SVG = "svg"
+    PDF = "pdf"
+
 
 app = typer.Typer(
     add_completion=False,
@@ -341,6 +351,14 @@ def report(
         Path | None,
         typer.Option("--out", help="The folder to write to. Default: NAME-report, here."),
     ] = None,
+    formats: Annotated[
+        list[PictureFormat] | None,
+        typer.Option(
+            "--format",
+            show_default=False,
+            help="Each figure as a file too; repeatable. Needs kaleido and Chrome or Chromium.",
+        ),
+    ] = None,
     storage_url: Storage = DEFAULT_STORAGE,
 ) -> None:
     """Write the answer as a page: in words, in tables, in figures. Several sweeps share them."""
@@ -350,15 +368,25 @@ def report(
     gc.disable()
     from storage.engine import open_storage
     from sweeps.dashboard import keep_figures
+    from sweeps.figures import make_figures
     from sweeps.findings import read_findings
     from sweeps.page import default_folder, write_report
+    from sweeps.pictures import check_pictures, write_pictures
     from sweeps.studies import stored_sweep
 
     _quiet_libraries()
+    endings = [picture.value for picture in dict.fromkeys(formats or ())]
+    if endings:
+        check_pictures()
     store = open_storage(storage_url, read_only=True)
     names = list(dict.fromkeys(sweeps))
     findings = [read_findings(store, stored_sweep(store, name)) for name in names]
-    typer.echo(write_report(findings, folder or default_folder(names)))
+    folder = folder or default_folder(names)
+    figures = make_figures(findings)
+    typer.echo(write_report(findings, figures, folder))
+    if endings:
+        for picture in write_pictures(figures, folder, endings):
+            typer.echo(picture)
     try:
         keep_figures(storage_url, findings)
     except SweepError as error:

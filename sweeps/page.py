@@ -22,7 +22,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from sweeps.errors import SweepError
-from sweeps.figures import Figure, make_figures
+from sweeps.figures import Figure
 from sweeps.findings import (
     Findings,
     comparison_sentences,
@@ -46,11 +46,12 @@ def default_folder(names: Sequence[str]) -> Path:
     return Path(f"{'+'.join(names)}-report")
 
 
-def write_report(findings: Sequence[Findings], folder: Path) -> Path:
+def write_report(findings: Sequence[Findings], figures: Sequence[Figure], folder: Path) -> Path:
     """Write the page and its tables; files of an earlier report are replaced one by one.
 
     Args:
         findings: of one sweep, or of several that share the figures.
+        figures: made of these.
         folder: created if it is not there.
 
     Returns:
@@ -59,7 +60,6 @@ def write_report(findings: Sequence[Findings], folder: Path) -> Path:
     Raises:
         SweepError: if the folder cannot be written.
     """
-    figures = make_figures(findings)
     files = {
         "results.csv": results_csv(findings),
         "table.md": table_markdown(findings),

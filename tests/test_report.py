@@ -412,7 +412,7 @@ def test_an_interrupted_write_leaves_the_old_report(
 ) -> None:
     store = known_sweep(tmp_path)
     found = [findings(store)]
-    page = write_report(found, tmp_path / "out")
+    page = write_report(found, make_figures(found), tmp_path / "out")
     before = {f.name: f.read_bytes() for f in page.parent.iterdir()}
 
     def full(_: int) -> None:
@@ -420,7 +420,7 @@ def test_an_interrupted_write_leaves_the_old_report(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SweepError, match="No space left"):
-        write_report(found, tmp_path / "out")
+        write_report(found, make_figures(found), tmp_path / "out")
     assert {f.name: f.read_bytes() for f in page.parent.iterdir()} == before
 
 

@@ -150,6 +150,7 @@ def epochs_saved(entries: list[Entry]) -> Figure | None:
         height=140 + 40 * len(found),
     )
     layout["barmode"] = "stack"
+    layout["legend"]["traceorder"] = "normal"
     full = total["spent"] + saved
     caption = (
         f"The trials that ended spent {total['spent']:,} epochs; run to their ends they would "
