@@ -388,7 +388,10 @@ def report(
         for picture in write_pictures(figures, folder, endings):
             typer.echo(picture)
     try:
-        keep_figures(storage_url, findings)
+        for sweep in findings:
+            keep_figures(
+                storage_url, sweep, figures if len(findings) == 1 else make_figures([sweep])
+            )
     except SweepError as error:
         # The report is there; whoever may only read the store needs no more.
         typer.echo(f"sweep: {error}", err=True)

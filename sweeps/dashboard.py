@@ -28,6 +28,10 @@ KEPT_POINTS = 60
 KEPT_BYTES = 60_000
 """Size of one such figure: what is larger stays out of the store, which workers read too."""
 
+PLOTS = "dashboard:plot_data:"
+PART = 2045
+"""optuna-dashboard's prefix of the attributes that hold figures, and their length in characters."""
+
 KEPT_HEIGHT = 470
 """Pixels that optuna-dashboard leaves to a figure; it cuts off the rest."""
 
@@ -101,11 +105,16 @@ class _Server(ThreadingMixIn, WSGIServer):
 # --- figures in the store -----------------------------------------------------------------------
 
 
-def keep_figures(url: str, sweeps: Sequence[Findings]) -> None:
-    """Save a report's figures with the studies, where optuna-dashboard shows them.
+def keep_figures(url: str, sweep: Findings, figures: Sequence[Figure]) -> None:
+    """Save the figures of one sweep with its studies, where optuna-dashboard shows them.
 
     A figure replaces what was saved of it before. Those of a study are one transaction, and at
     most `KEPT_BYTES` each.
+
+    Args:
+        url: of the store that has the sweep.
+        sweep: what the figures show.
+        figures: of this sweep alone.
 
     Raises:
         SweepError: if the store cannot be written, or stays locked for `LOCK_SECONDS`.
@@ -116,31 +125,24 @@ def keep_figures(url: str, sweeps: Sequence[Findings]) -> None:
     from storage.attributes import set_study_system_attrs
     from storage.engine import StorageError, close_storage, open_storage
     from storage.retries import is_transient, reason
-    from sweeps.figures import make_figures
 
     try:
-        # Read-only first: a store that is not there must not be created for this.
-        close_storage(open_storage(url, read_only=True), url)
         store = open_storage(url, lock_seconds=LOCK_SECONDS)
         try:
             ids = {study.study_name: study._study_id for study in store.get_all_studies()}
-            for sweep in sweeps:
-                figures = make_figures([sweep])
-                for study in sweep.studies:
-                    name = study.status.name
-                    attrs = _attributes(
-                        store.get_study_system_attrs(ids[name]), study_plots(figures, name)
-                    )
-                    set_study_system_attrs(store, url, ids[name], attrs)
+            for study in sweep.studies:
+                study_id = ids[study.status.name]
+                before = store.get_study_system_attrs(study_id)
+                plots = study_plots(figures, study.status.name)
+                set_study_system_attrs(store, url, study_id, _attributes(before, plots))
         finally:
             close_storage(store, url)
     except Exception as error:
         known = (StorageError, SQLAlchemyError, StorageInternalError)
         if not (isinstance(error, known) or is_transient(error)):
             raise
-        raise SweepError(
-            f"the figures in optuna-dashboard stay as they are ({reason(error)})"
-        ) from None
+        said = f"the figures in optuna-dashboard stay as they are ({reason(error)})"
+        raise SweepError(said) from None
 
 
 def study_plots(figures: Sequence[Figure], study: str) -> dict[str, PlotlyFigure]:
@@ -199,29 +201,17 @@ def _head(plot: PlotlyFigure, title: str, caption: Sequence[str]) -> None:
     plot.layout.height = KEPT_HEIGHT
 
 
-class _Collected:
-    """What optuna-dashboard would write one by one, held back to be written at once."""
+def _attributes(before: Mapping[str, Any], plots: Mapping[str, PlotlyFigure]) -> dict[str, str]:
+    """The system attributes in which optuna-dashboard keeps some figures.
 
-    _study_id = 0
-
-    def __init__(self, before: Mapping[str, Any]) -> None:
-        self._before = before
-        self._storage = self
-        self.changes: dict[str, Any] = {}
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return {**self._before, **self.changes}
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self.changes[key] = value
-
-
-def _attributes(before: Mapping[str, Any], plots: Mapping[str, PlotlyFigure]) -> dict[str, Any]:
-    """The system attributes that optuna-dashboard keeps some figures in."""
-    from optuna_dashboard import save_plotly_graph_object
-
-    study: Any = _Collected(before)
+    Those that its `save_plotly_graph_object` would write one by one, and whose import brings
+    scikit-learn.
+    """
+    found: dict[str, str] = {}
     for key, plot in plots.items():
-        save_plotly_graph_object(study, plot, graph_object_id=key)
-    changes: dict[str, Any] = study.changes
-    return {key: value for key, value in changes.items() if before.get(key) != value}
+        prefix, text = f"{PLOTS}{key}:", plot.to_json()
+        parts = [text[at : at + PART] for at in range(0, len(text), PART)]
+        # Parts that a longer figure has left are blanked.
+        left = sum(name.startswith(prefix) for name in before) - len(parts)
+        found |= {f"{prefix}{i}": part for i, part in enumerate(parts + [""] * max(0, left))}
+    return {key: text for key, text in found.items() if before.get(key) != text}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -96,6 +95,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
         diverged = [t for t in study.trials if t.outcome == "diverged"]
         diverged.sort(key=lambda t: (not t.label, t.number))
         drawn = [*([study.best] if study.best else []), *diverged[:DRAWN_DIVERGED]]
+        complete = [recorded[t.number] for t in study.trials if t.outcome == "complete"]
         per_seed: list[list[float]] = []
         if study.best and seeds > 1:
             per_seed = _per_seed(recorded[study.best.number], config.epochs)
@@ -106,7 +106,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
                 config=config,
                 curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},
                 seed_accuracies=[values[-1] for values in per_seed],
-                importance=_importance(store, study, status.searched),
+                importance=_importance(complete, status.searched),
             )
         )
     return Findings(spec, status, studies)
@@ -126,32 +126,15 @@ def _curve(trial: FrozenTrial, epochs: int, seeds: int) -> list[float]:
     return per_seed[-1] if per_seed else []
 
 
-def _importance(
-    store: BaseStorage, study: StudyStatus, searched: Sequence[str]
-) -> dict[str, float]:
-    """PED-ANOVA's shares; empty where they would mean nothing or cannot be had."""
-    complete = study.count("complete")
-    if complete < FEWEST_FOR_IMPORTANCE or len(searched) < 2:
-        return {}
-    import optuna
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+def _importance(trials: Sequence[FrozenTrial], searched: Sequence[str]) -> dict[str, float]:
+    """PED-ANOVA's shares; empty where they would mean nothing."""
+    from sweeps.importance import importance_shares
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Five trials at least are to count as good, and never more than half of them.
-            quantile = min(0.5, max(0.1, 5 / complete))
-            found = get_param_importances(
-                optuna.load_study(storage=store, study_name=study.name),
-                evaluator=PedAnovaImportanceEvaluator(target_quantile=quantile),
-            )
-    except Exception:
-        # Its estimators refuse some data, such as trials that all scored alike. A report
-        # without this figure is better than none.
+    if len(trials) < FEWEST_FOR_IMPORTANCE or len(searched) < 2:
         return {}
-    if not all(math.isfinite(share) for share in found.values()):
-        return {}
-    return {name: float(found[name]) for name in searched if name in found}
+    # Five trials at least are to count as good, and never more than half of them.
+    quantile = min(0.5, max(0.1, 5 / len(trials)))
+    return importance_shares(trials, searched, quantile)
 
 
 # --- words --------------------------------------------------------------------------------------

@@ -142,11 +142,13 @@ def run_sweep(
 def _keep_figures(name: str, storage_url: str, err: Console) -> None:
     """Save the figures of a sweep that has ended where optuna-dashboard shows them."""
     from sweeps.dashboard import keep_figures
+    from sweeps.figures import make_figures
     from sweeps.findings import read_findings
 
     store = open_storage(storage_url, read_only=True)
     try:
-        keep_figures(storage_url, [read_findings(store, stored_sweep(store, name))])
+        findings = read_findings(store, stored_sweep(store, name))
+        keep_figures(storage_url, findings, make_figures([findings]))
     except SweepError as error:
         err.print(f"sweep: {error}", highlight=False, markup=False, soft_wrap=True)
     finally:
