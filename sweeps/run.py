@@ -145,14 +145,18 @@ def _keep_figures(name: str, storage_url: str, err: Console) -> None:
     from sweeps.figures import make_figures
     from sweeps.findings import read_findings
 
-    store = open_storage(storage_url, read_only=True)
     try:
-        findings = read_findings(store, stored_sweep(store, name))
+        store = open_storage(storage_url, read_only=True)
+        try:
+            findings = read_findings(store, stored_sweep(store, name))
+        finally:
+            close_storage(store, storage_url)
         keep_figures(storage_url, findings, make_figures([findings]))
-    except SweepError as error:
-        err.print(f"sweep: {error}", highlight=False, markup=False, soft_wrap=True)
-    finally:
-        close_storage(store, storage_url)
+    except Exception as error:
+        # The answer stands above, and `sweep report` saves them too.
+        if not (isinstance(error, SweepError | StorageError) or is_transient(error)):
+            raise
+        err.print(f"sweep: {reason(error)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _done_code(status: SweepStatus, err: Console) -> int:

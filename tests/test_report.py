@@ -197,8 +197,8 @@ def test_captions_say_what_the_data_say(tmp_path: Path) -> None:
     )
     assert "1 of the 2 trials that diverged; 1 did so before an epoch" in drawn["curves"].caption
     assert (
-        "global_batch_size=128: the lowest peak_lr that diverged is 1, the highest that did not "
-        "0.2." in drawn["map"].caption
+        "global_batch_size=128: none diverged up to peak_lr 0.2, all from 1 on."
+        in drawn["map"].caption
     )
     # Ended: 4 + 4 + 2 + 0 and 1 + 4 + 1 epochs; spared: 2 pruned, 4 + 3 diverged.
     assert drawn["savings"].caption == (

@@ -44,14 +44,15 @@ class Cliff:
         diverged: of the nearest trials to each point of the grid, the share that diverged;
             [rows, columns].
         nearest: how many those are.
-        stable: the highest peak_lr of a trial that did not diverge.
+        limit: the highest peak_lr of a trial that did not diverge, or, above that, the lowest of
+            one that did.
     """
 
     peak_lr: np.ndarray
     warmup_epochs: np.ndarray
     diverged: np.ndarray
     nearest: int
-    stable: float
+    limit: float
 
     @property
     def edge(self) -> float | None:
@@ -67,8 +68,8 @@ class Cliff:
                 edges.append(float(self.peak_lr[first]))
         if 2 * len(edges) < len(self.diverged):
             return None
-        # Neighbours blur the edge: beyond the last trial that did not diverge, all others did.
-        return min(float(np.median(edges)), self.stable)
+        # Neighbours blur the edge: beyond this all trials diverged.
+        return min(float(np.median(edges)), self.limit)
 
 
 def divergence_map(entries: list[Entry]) -> Figure | None:
@@ -209,7 +210,8 @@ def find_cliff(entry: Entry) -> Cliff | None:
         share[row] = diverged[found].mean(axis=1)
     if share.max() < 0.5 or share.min() > 0.5:
         return None
-    return Cliff(np.exp(grids[0]), grids[1], share, nearest, float(np.exp(lr[~diverged].max())))
+    limit = float(np.exp(max(lr[~diverged].max(), lr[diverged].min())))
+    return Cliff(np.exp(grids[0]), grids[1], share, nearest, limit)
 
 
 def _outline(cliff: Cliff | None) -> list[dict[str, Any]]:
@@ -259,17 +261,17 @@ def _map_caption(
         stable = _values(entry, "peak_lr", "complete", "pruned")
         cliff = cliffs[entry.index]
         edge = cliff.edge if cliff is not None else None
-        text = f"{entry.name}: "
-        if edge is not None:
-            text += f"most diverge from peak_lr {edge:.2g} on; "
-        if diverged:
-            text += f"the lowest that diverged is {min(diverged):.3g}"
+        text = ""
+        if diverged and stable and max(stable) < min(diverged):
+            text = f"none diverged up to peak_lr {max(stable):.3g}, all from {min(diverged):.3g} on"
+        elif diverged:
+            text = f"most diverge from peak_lr {edge:.2g} on; " if edge is not None else ""
+            text += f"the lowest {'' if text else 'peak_lr '}that diverged is {min(diverged):.3g}"
             text += f", the highest that did not {max(stable):.3g}" if stable else ""
         elif stable:
-            text += f"none diverged up to peak_lr {max(stable):.3g}"
-        else:
-            continue
-        said.append(text.replace("lowest that", "lowest peak_lr that", edge is None) + ".")
+            text = f"none diverged up to peak_lr {max(stable):.3g}"
+        if text:
+            said.append(f"{entry.name}: {text}.")
     return make_caption([*parts, *left_out(shown), *thinning(thinned)], said)
 
 
