@@ -19,6 +19,7 @@ from sweeps.figures.parts import (
     make_layout,
     make_pattern,
     make_plot,
+    mark_key,
     score_axis,
     thin,
     thinning,
@@ -79,10 +80,17 @@ def optimization_history(entries: list[Entry]) -> Figure | None:
                 for t in entry.trials
             )
             said.append(f"{entry.name}: the best is trial #{best.number}; {later} ended after it.")
-    caption = (
-        "Trials in the order of their suggestion. The line is the best complete trial so far: "
-        "where it still rises at the end, more trials may pay. Grey, hollow: pruned, at their "
-        "last accuracy. Crosses on the lower edge: diverged."
+    key = mark_key(
+        [t for e in shown for t in e.drawable],
+        "Grey, hollow: pruned, at their last accuracy.",
+        "Crosses on the lower edge: diverged.",
+    )
+    caption = " ".join(
+        [
+            "Trials in the order of their suggestion. The line is the best complete trial so far: "
+            "where it still rises at the end, more trials may pay.",
+            *key,
+        ]
     )
     return Figure(
         "history",

@@ -23,10 +23,14 @@ from sweeps.figures.parts import (
     make_layout,
     make_plot,
     make_points,
+    mark_key,
     thin,
     thinning,
 )
 from sweeps.status import TrialStatus
+
+FEWEST = 5
+"""Trials that diverged, and that did not, below which an edge between them is a guess."""
 
 
 def is_mapped(entry: Entry) -> bool:
@@ -192,7 +196,7 @@ def find_cliff(entry: Entry) -> Cliff | None:
         and isinstance(t.params.get("warmup_epochs"), int | float)
     ]
     diverged = np.array([t.outcome == "diverged" for t in trials])
-    if diverged.sum() < 3 or (~diverged).sum() < 3:
+    if min(diverged.sum(), (~diverged).sum()) < FEWEST:
         return None
     lr = np.log([float(t.params["peak_lr"]) for t in trials])
     warmup = np.array([float(t.params["warmup_epochs"]) for t in trials])
@@ -242,10 +246,12 @@ def _map_caption(
     scale = "the same scale and axes in all panels" if len(drawn) > 1 else ""
     if clipped:
         scale += ("; " if scale else "") + "the tenth that is lowest alike"
+    seen = [t for e in drawn for t in e.drawable]
     parts = [
-        f"Filled: complete, coloured by accuracy{f' ({scale})' if scale else ''}. Hollow: pruned, "
-        "by their last accuracy. Crosses: diverged. Squares: settings known beforehand. Star: the "
-        "best."
+        f"Filled: complete, coloured by accuracy{f' ({scale})' if scale else ''}.",
+        *mark_key(seen, "Hollow: pruned, by their last accuracy.", "Crosses: diverged."),
+        *(["Squares: settings known beforehand."] if any(t.label for t in seen) else []),
+        *(["Star: the best."] if any(e.study.status.best for e in drawn) else []),
     ]
     found = [cliff for cliff in cliffs.values() if cliff is not None]
     if found:

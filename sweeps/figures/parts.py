@@ -215,6 +215,13 @@ def thin(entry: Entry, studies: int = 1) -> list[TrialStatus]:
     return [t for i, t in enumerate(trials) if i in chosen or t.label or t is best]
 
 
+def mark_key(trials: Iterable[TrialStatus], pruned: str, diverged: str) -> list[str]:
+    """What the marks of some trials mean: a sentence for each outcome that is there."""
+    outcomes = {trial.outcome for trial in trials}
+    sentences = {"pruned": pruned, "diverged": diverged}
+    return [said for outcome, said in sentences.items() if outcome in outcomes]
+
+
 def thinning(thinned: bool, studies: int = 1) -> list[str]:
     """The sentence that says so where trials were left out by `thin`."""
     limit = _point_limit(studies)

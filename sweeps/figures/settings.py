@@ -19,6 +19,7 @@ from sweeps.figures.parts import (
     make_layout,
     make_pattern,
     make_plot,
+    mark_key,
     plain,
     score_axis,
     thin,
@@ -79,10 +80,14 @@ def accuracy_by_setting(entries: list[Entry]) -> Figure | None:
             said.append(f"{name} of the best: {values}.")
     if not panels:
         return None
-    caption = (
-        "Each trial by one searched setting; the others differ too. Filled: complete. Hollow: "
-        "pruned, at their last accuracy. Crosses on the lower edge: diverged."
+    seen = [t for e in shown for t in e.drawable]
+    key = mark_key(
+        seen,
+        "Hollow: pruned, at their last accuracy.",
+        "Crosses on the lower edge: diverged.",
     )
+    others = "; the others differ too" if len(names) > 1 else ""
+    caption = " ".join([f"Each trial by one searched setting{others}. Filled: complete.", *key])
     if chosen:
         caption += " Studies stand side by side in each choice."
     return Figure(

@@ -41,6 +41,7 @@ def make_store(url: str, trials: int, epochs: int) -> None:
     from sweeps.status import CURVES
     from sweeps.studies import create_or_resume, stored_sweep
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     overrides = [f"budget.trials={-(-trials // 3)}", f"train.epochs={epochs}", "try=[]"]
     if epochs <= 30:
         overrides.append(f"search.warmup_epochs.high={epochs / 3}")
@@ -131,8 +132,8 @@ def make_store(url: str, trials: int, epochs: int) -> None:
             connection.execute(insert(table), values)
 
 
-def measure(folder: Path, arguments: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of one `sweep` command."""
+def measure(folder: Path, arguments: list[str]) -> tuple[float, float, float]:
+    """Seconds, seconds on a processor, and peak megabytes of one `sweep` command."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -144,7 +145,7 @@ def measure(folder: Path, arguments: list[str]) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with status {process.returncode}")
-    return elapsed, usage.ru_maxrss / 1024
+    return elapsed, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -168,15 +169,16 @@ def main() -> None:
             row = {
                 "trials": trials,
                 "epochs": args.epochs,
-                "seconds": round(statistics.median(seconds for seconds, _ in runs), 2),
-                "peak_mb": round(max(memory for _, memory in runs)),
+                "seconds": round(statistics.median(seconds for seconds, _, _ in runs), 2),
+                "cpu_seconds": round(statistics.median(busy for _, busy, _ in runs), 2),
+                "peak_mb": round(max(memory for _, _, memory in runs)),
                 "page_mb": round((report / "index.html").stat().st_size / 1e6, 2),
                 "store_mb": round((folder / "sweep.db").stat().st_size / 1e6, 1),
             }
             rows.append(row)
             print(
-                f"{trials} trials x {args.epochs} epochs: {row['seconds']} s, "
-                f"{row['peak_mb']} MB of memory, page {row['page_mb']} MB",
+                f"{trials} trials x {args.epochs} epochs: {row['seconds']} s "
+                f"({row['cpu_seconds']} s on a processor), {row['peak_mb']} MB of memory, page {row['page_mb']} MB",
                 flush=True,
             )
     if args.json:
