@@ -178,7 +178,8 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{trials} trials x {args.epochs} epochs: {row['seconds']} s "
-                f"({row['cpu_seconds']} s on a processor), {row['peak_mb']} MB of memory, page {row['page_mb']} MB",
+                f"({row['cpu_seconds']} s on a processor), {row['peak_mb']} MB of memory, "
+                f"page {row['page_mb']} MB",
                 flush=True,
             )
     if args.json:
