@@ -269,7 +269,8 @@ def _figure(figure: Figure) -> str:
             f'<div class="panel">{title}<div class="plot" id="{figure.key}-{index}" '
             f'style="height:{height}px"></div></div>'
         )
-    wide = " one" if len(figure.panels) == 1 else ""
+    # Four stand two by two.
+    wide = {1: " one", 4: " four"}.get(len(figure.panels), "")
     return (
         f"<figure><h2>{_text(figure.title)}</h2><figcaption>{_text(figure.caption)}</figcaption>"
         f'<div class="panels{wide}">{panels}</div></figure>'

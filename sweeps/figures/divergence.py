@@ -245,7 +245,7 @@ def _map_caption(
     drawn = shown[:MAX_STUDIES]
     scale = "the same scale and axes in all panels" if len(drawn) > 1 else ""
     if clipped:
-        scale += ("; " if scale else "") + "the tenth that is lowest alike"
+        scale += ("; " if scale else "") + "the lowest tenth in one colour"
     seen = [t for e in drawn for t in e.drawable]
     parts = [
         f"Filled: complete, coloured by accuracy{f' ({scale})' if scale else ''}.",
