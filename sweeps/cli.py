@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
     from sweeps.worker import StopRequest
 
 DEFAULT_STORAGE = "sqlite:///sweep.db"
+
+
+class PictureFormat(StrEnum):
+    """What `sweep report --format` takes."""
+
+    PNG = "png"
+    SVG = "svg"
+    PDF = "pdf"
+
 
 app = typer.Typer(
     add_completion=False,
@@ -435,6 +445,14 @@ def report(
         Path | None,
         typer.Option("--out", help="The folder to write to. Default: NAME-report, here."),
     ] = None,
+    formats: Annotated[
+        list[PictureFormat] | None,
+        typer.Option(
+            "--format",
+            show_default=False,
+            help="Each figure as a file too; repeatable. Needs kaleido and Chrome or Chromium.",
+        ),
+    ] = None,
     storage_url: Storage = DEFAULT_STORAGE,
 ) -> None:
     """Write the answer as a page: in words, in tables, in figures. Several sweeps share them."""
@@ -443,16 +461,37 @@ def report(
     # All that is read stays until the end: looking for garbage in it takes a third of the time.
     gc.disable()
     from storage.engine import open_storage
+    from sweeps.dashboard import keep_figures
+    from sweeps.figures import make_figures
+    from sweeps.findings import read_findings
     from sweeps.page import default_folder, write_report
+    from sweeps.pictures import check_pictures, write_pictures
     from sweeps.studies import stored_sweep
 
     _quiet_libraries()
+    endings = [picture.value for picture in dict.fromkeys(formats or ())]
+    if endings:
+        check_pictures()
     store = open_storage(storage_url, read_only=True)
     names = list(dict.fromkeys(sweeps))
     found = [stored_sweep(store, name) for name in names]
     for confirmed in (s.spec.confirms for s in found if s.spec.confirms):
         raise SweepError(f"a confirmation stands in its sweep's report: sweep report {confirmed}")
-    typer.echo(write_report(store, found, folder or default_folder(names)))
+    findings = [read_findings(store, one) for one in found]
+    folder = folder or default_folder(names)
+    figures = make_figures(findings)
+    typer.echo(write_report(findings, figures, folder))
+    if endings:
+        for picture in write_pictures(figures, folder, endings):
+            typer.echo(picture)
+    try:
+        for sweep in findings:
+            keep_figures(
+                storage_url, sweep, figures if len(findings) == 1 else make_figures([sweep])
+            )
+    except SweepError as error:
+        # The report is there; whoever may only read the store needs no more.
+        typer.echo(f"sweep: {error}", err=True)
 
 
 @app.command(rich_help_panel="Look")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -104,6 +103,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
         diverged = [t for t in study.trials if t.outcome == "diverged"]
         diverged.sort(key=lambda t: (not t.label, t.number))
         drawn = [*([study.best] if study.best else []), *diverged[:DRAWN_DIVERGED]]
+        complete = [recorded[t.number] for t in study.trials if t.outcome == "complete"]
         per_seed: list[list[float]] = []
         if study.best and seeds > 1:
             per_seed = _per_seed(recorded[study.best.number], config.epochs)
@@ -114,7 +114,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
                 config=config,
                 curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},
                 seed_accuracies=[values[-1] for values in per_seed],
-                importance=_importance(store, study, status.searched),
+                importance=_importance(complete, status.searched),
             )
         )
     return Findings(spec, status, studies)
@@ -134,32 +134,15 @@ def _curve(trial: FrozenTrial, epochs: int, seeds: int) -> list[float]:
     return per_seed[-1] if per_seed else []
 
 
-def _importance(
-    store: BaseStorage, study: StudyStatus, searched: Sequence[str]
-) -> dict[str, float]:
-    """PED-ANOVA's shares; empty where they would mean nothing or cannot be had."""
-    complete = study.count("complete")
-    if complete < FEWEST_FOR_IMPORTANCE or len(searched) < 2:
-        return {}
-    import optuna
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+def _importance(trials: Sequence[FrozenTrial], searched: Sequence[str]) -> dict[str, float]:
+    """PED-ANOVA's shares; empty where they would mean nothing."""
+    from sweeps.importance import importance_shares
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Five trials at least are to count as good, and never more than half of them.
-            quantile = min(0.5, max(0.1, 5 / complete))
-            found = get_param_importances(
-                optuna.load_study(storage=store, study_name=study.name),
-                evaluator=PedAnovaImportanceEvaluator(target_quantile=quantile),
-            )
-    except Exception:
-        # Its estimators refuse some data, such as trials that all scored alike. A report
-        # without this figure is better than none.
+    if len(trials) < FEWEST_FOR_IMPORTANCE or len(searched) < 2:
         return {}
-    if not all(math.isfinite(share) for share in found.values()):
-        return {}
-    return {name: float(found[name]) for name in searched if name in found}
+    # Five trials at least are to count as good, and never more than half of them.
+    quantile = min(0.5, max(0.1, 5 / len(trials)))
+    return importance_shares(trials, searched, quantile)
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -267,6 +250,39 @@ def _known(findings: Findings, study: StudyFindings, trial: TrialStatus) -> str:
             "validation images give, and from a single seed, so no evidence of a difference"
         )
     return said + "."
+
+
+def comparison_sentences(sweeps: Sequence[Findings]) -> list[str]:
+    """The best accuracies of several sweeps, side by side for each setting that they share.
+
+    Empty where no two of them have a study with equal enumerated settings, or only one is given.
+    """
+    shared: dict[str, list[tuple[float, str, StudyFindings]]] = {}
+    for sweep in sweeps:
+        for study in sweep.studies:
+            best = study.status.best
+            if best is not None and best.accuracy is not None:
+                name = ", ".join(f"{k} = {written(v)}" for k, v in study.status.cell.items())
+                shared.setdefault(name, []).append((best.accuracy, sweep.status.name, study))
+    said = []
+    for name, found in shared.items():
+        if len(found) < 2:
+            continue
+        found.sort(key=lambda entry: -entry[0])
+        parts = [
+            f"{sweep} {value:.4f}{_uncertainty(study, value)}" for value, sweep, study in found
+        ]
+        sentence = f"{name}: {', '.join(parts)}" if name else ", ".join(parts)
+        (high, _, first), (low, _, second) = found[0], found[1]
+        errors = [s.standard_error(v) for s, v in ((first, high), (second, low))]
+        if not first.seed_accuracies and not second.seed_accuracies and None not in errors:
+            # Of the difference of two independent proportions.
+            error = math.hypot(*(e for e in errors if e is not None))
+            if high - low <= error:
+                which = "the first two differ" if len(found) > 2 else "they differ"
+                sentence += f"; {which} by less than the standard error of that, {error:.4f}"
+        said.append(sentence + ".")
+    return said
 
 
 def notes(findings: Findings) -> list[str]:

@@ -25,6 +25,7 @@ MERGED_FROM = "sweep:merged_from"
 """Trial system attribute: the numbers that the trial had in the stores that it comes from."""
 
 _NOTE = "dashboard:note"
+_PLOTS = "dashboard:plot_data:"
 _NOTE_OF_TRIAL = "dashboard:{trial}:note"
 FIXED = "fixed_params"
 """Optuna's trial system attribute of the settings that a queued trial is to have."""
@@ -322,6 +323,9 @@ def _plan_attrs(plan: StudyPlan) -> None:
     ours, theirs = plan.store, plan.file
     plan.study_user = {k: t for k, t in theirs.user_attrs.items() if k not in ours.user_attrs}
     plan.study_system = _merged_notes(ours.system_attrs, theirs.system_attrs, _NOTE)
+    if any(key.startswith(_PLOTS) for key in ours.system_attrs):
+        # A figure is cut into parts: those of two do not fit together.
+        plan.study_system = {k: t for k, t in plan.study_system.items() if not k.startswith(_PLOTS)}
     # The file's workers were asked to stop, not those that run here.
     plan.study_system.pop(STOPS, None)
     for key, text in theirs.system_attrs.items():

@@ -20,26 +20,20 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sweeps.errors import SweepError
-from sweeps.figures import Figure, make_figures
+from sweeps.figures import Figure
 from sweeps.findings import (
     Findings,
+    comparison_sentences,
     headline,
     notes,
     progress_sentence,
-    read_findings,
     study_sentences,
     trial_rows,
 )
 from sweeps.report import answer_columns, answer_note, answer_rows, short_name
 from sweeps.status import OUTCOMES
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
-    from sweeps.studies import StoredSweep
 
 PAGE = "index.html"
 
@@ -52,12 +46,12 @@ def default_folder(names: Sequence[str]) -> Path:
     return Path(f"{'+'.join(names)}-report")
 
 
-def write_report(store: BaseStorage, sweeps: Sequence[StoredSweep], folder: Path) -> Path:
+def write_report(findings: Sequence[Findings], figures: Sequence[Figure], folder: Path) -> Path:
     """Write the page and its tables; files of an earlier report are replaced one by one.
 
     Args:
-        store: read, never written.
-        sweeps: at least one.
+        findings: of one sweep, or of several that share the figures.
+        figures: made of these.
         folder: created if it is not there.
 
     Returns:
@@ -66,8 +60,6 @@ def write_report(store: BaseStorage, sweeps: Sequence[StoredSweep], folder: Path
     Raises:
         SweepError: if the folder cannot be written.
     """
-    findings = [read_findings(store, sweep) for sweep in sweeps]
-    figures = make_figures(findings)
     files = {
         "results.csv": results_csv(findings),
         "table.md": table_markdown(findings),
@@ -159,6 +151,9 @@ def page_html(findings: Sequence[Findings], figures: Sequence[Figure], written: 
     title = " · ".join(dict.fromkeys(sweep.title for sweep in findings))
     many = len(findings) > 1
     body = "".join(_answer(sweep, heading=many) for sweep in findings)
+    if said := comparison_sentences(findings):
+        items = "".join(f"<li>{_text(sentence)}</li>" for sentence in said)
+        body = f'<section class="headline"><ul>{items}</ul></section>{body}'
     if figures:
         body += "".join(_figure(figure) for figure in figures)
     else:
@@ -220,8 +215,9 @@ def _answer_table(sweep: Findings) -> str:
             kind = ' class="best"' if row.setting == "best" else ""
             body += f"<tr{kind}>{_cells(columns, cells)}</tr>"
     heads = "".join(f"<th{_align(column)}>{_text(column)}</th>" for column in columns)
+    kind = ' class="settings"' if status.searched else ""
     return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>'
+        f'<div class="scroll"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )
 
@@ -273,7 +269,8 @@ def _figure(figure: Figure) -> str:
             f'<div class="panel">{title}<div class="plot" id="{figure.key}-{index}" '
             f'style="height:{height}px"></div></div>'
         )
-    wide = " one" if len(figure.panels) == 1 else ""
+    # Four stand two by two.
+    wide = {1: " one", 4: " four"}.get(len(figure.panels), "")
     return (
         f"<figure><h2>{_text(figure.title)}</h2><figcaption>{_text(figure.caption)}</figcaption>"
         f'<div class="panels{wide}">{panels}</div></figure>'

@@ -125,6 +125,8 @@ def run_sweep(
     close_storage(store, storage_url)
     if status is not None:
         print_answer(status, storage_url, again, out)
+        if status.done:
+            _keep_figures(spec.name, storage_url, err)
     return code
 
 
@@ -192,6 +194,26 @@ def run_to_end(
     if status.done:
         return done_code(status, err), status
     return 130 if status.stop_requests != requests_before else code, status
+
+
+def _keep_figures(name: str, storage_url: str, err: Console) -> None:
+    """Save the figures of a sweep that has ended where optuna-dashboard shows them."""
+    from sweeps.dashboard import keep_figures
+    from sweeps.figures import make_figures
+    from sweeps.findings import read_findings
+
+    try:
+        store = open_storage(storage_url, read_only=True)
+        try:
+            findings = read_findings(store, stored_sweep(store, name))
+        finally:
+            close_storage(store, storage_url)
+        keep_figures(storage_url, findings, make_figures([findings]))
+    except Exception as error:
+        # The answer stands above, and `sweep report` saves them too.
+        if not (isinstance(error, SweepError | StorageError) or is_transient(error)):
+            raise
+        err.print(f"sweep: {reason(error)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def done_code(status: SweepStatus, err: Console) -> int:

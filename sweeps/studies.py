@@ -307,6 +307,8 @@ def _note(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
         f"This study: {here}." if here else "",
         "A diverged trial stands as pruned, so that the sampler learns from it; its attribute "
         "`outcome` says `diverged`, and `reason` why.",
+        f"`sweep start {spec.name}` goes on with it, `sweep report {spec.name}` answers in words "
+        "and figures; with `--storage` and this store's address, unless it is `sweep.db` here.",
         f"```toml\n{spec.as_toml()}```",
     ]
     return "\n\n".join(part for part in parts if part)

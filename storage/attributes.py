@@ -1,0 +1,53 @@
+"""Attributes of a study that are set together: whoever reads meets all of them, or none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from storage.engine import exclusive, is_grpc, sql_engine
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+
+def set_study_system_attrs(
+    storage: BaseStorage, url: str, study_id: int, attrs: Mapping[str, Any]
+) -> None:
+    """Set system attributes of a study in one transaction.
+
+    Through `sweep serve` they are set one by one, while no other process does the same.
+
+    Args:
+        storage: open to write.
+        url: what it was opened with.
+        study_id: Optuna's own.
+        attrs: key → JSON value.
+
+    Raises:
+        StorageError: the storage is not a database that others can reach.
+    """
+    if is_grpc(url):
+        with exclusive(storage, url):
+            for key, value in attrs.items():
+                storage.set_study_system_attr(study_id, key, value)
+        return
+    from optuna.storages._rdb import models
+    from sqlalchemy import insert, select, update
+
+    table: Any = models.StudySystemAttributeModel.__table__
+    columns = table.c
+    with sql_engine(storage).begin() as connection:
+        found = connection.execute(
+            select(columns.key, columns.value_json).where(columns.study_id == study_id)
+        )
+        before = {row.key: row.value_json for row in found}
+        for key, value in attrs.items():
+            text = json.dumps(value)
+            if key not in before:
+                row = {"study_id": study_id, "key": key, "value_json": text}
+                connection.execute(insert(table).values(row))
+            elif before[key] != text:
+                is_it = (columns.study_id == study_id) & (columns.key == key)
+                connection.execute(update(table).where(is_it).values(value_json=text))
