@@ -15,11 +15,12 @@ initialisation of the residual networks here.
 import functools
 import importlib
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import UninitializedParameter
 
 from models.norms import DeviceBatchNorm2d, DeviceBlocks, make_norm
 from models.resnet import check_images
@@ -79,8 +80,8 @@ def build_own(
 
     Raises:
         ValueError: there is nothing to import, norm="fixup", the function fails, or what it
-            returns cannot be trained here (see :class:`OwnModel`; or it has dropout, whose random
-            numbers no checkpoint keeps).
+            returns cannot be trained here: it does not fit :class:`OwnModel`, draws random numbers
+            in training (no checkpoint keeps them), or has frozen or unused parameters.
     """
     if norm == "fixup":
         raise ValueError(
@@ -104,16 +105,13 @@ def build_own(
         )
         if not isinstance(network, nn.Module):
             raise TypeError(f"it returned {type(network).__name__}, not a torch.nn.Module")
-        dropout = [m for m in network.modules() if isinstance(m, _DropoutNd) and m.p > 0]
-        if dropout:
-            raise ValueError(f"it has dropout ({dropout[0]}); build it with a probability of 0")
         model = OwnModel(
             network,
             num_classes=num_classes,
             in_channels=in_channels,
             image_size=image_size,
         )
-        _try(model, num_classes)
+        _try(model, num_classes, num_devices)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"model={name!r} cannot be used: {lines[0]}") from error
@@ -124,9 +122,10 @@ def _imported(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module does when it is imported
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"model={name!r} cannot be imported ({error}); install its package where the workers "
+            f"model={name!r} cannot be imported ({reason}); install its package where the workers "
             "run, or put its folder on PYTHONPATH"
         ) from error
     if not callable(found):
@@ -134,11 +133,34 @@ def _imported(name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _try(model: OwnModel, num_classes: int) -> None:
-    side, was_training = model.image_size, model.training
-    model.eval()
-    with torch.inference_mode():
-        logits = model(torch.zeros(2, model.in_channels, side, side))
-    model.train(was_training)
-    if logits.shape != (2, num_classes):
-        raise ValueError(f"it maps 2 images to {list(logits.shape)}, not to [2, {num_classes}]")
+def _try(model: OwnModel, num_classes: int, num_devices: int) -> None:
+    """Pass images through a copy, as training does and as evaluation does."""
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError("it has lazy layers, whose sizes are not known; name their sizes")
+    frozen = [name for name, p in model.network.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"{frozen[0]} is frozen; every parameter is trained here")
+    copy, side = deepcopy(model).train(), model.image_size
+    images = torch.randn(2 * num_devices, model.in_channels, side, side)
+    before = torch.get_rng_state()
+    logits = copy(images, ((None, 2),))
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ValueError(
+            "it draws random numbers in training, as dropout does, which no checkpoint keeps; "
+            "build it without"
+        )
+    _check_logits(logits, (2 * num_devices, num_classes))
+    logits.sum().backward()
+    unused = [name for name, p in copy.network.named_parameters() if p.grad is None]
+    if unused:
+        raise ValueError(f"{unused[0]} takes no part in the logits; leave it out")
+    copy.eval()
+    with torch.no_grad():
+        _check_logits(copy(images[:2]), (2, num_classes))
+
+
+def _check_logits(logits: object, shape: tuple[int, int]) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"it returns {type(logits).__name__}, not a tensor of logits")
+    if tuple(logits.shape) != shape:
+        raise ValueError(f"it maps {shape[0]} images to {list(logits.shape)}, not to {list(shape)}")

@@ -512,6 +512,8 @@ def _ping_after_a_pause(engine: Engine) -> None:
 
     event.listen(engine, "checkin", used)
     event.listen(engine, "checkout", ask)
+    # The pooled connection from construction has not seen the events.
+    engine.dispose()
 
 
 def _rdb_storage(url: str, options: dict[str, Any], *, place: str, create: bool = True) -> Database:
@@ -564,8 +566,12 @@ def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageEr
     missing = any(word in reason for word in ("does not exist", "doesn't exist", "no such table"))
     if not create and missing:
         return EmptyStorageError(f"{place} holds no sweep yet ({reason}); start one there first")
-    refused = ("authentication", "password", "pg_hba", "does not exist", "not known")
-    lost = any(isinstance(e, OperationalError) for e in (error, cause))
+    refused = (
+        "authentication", "password", "pg_hba", "does not exist", "not known", "denied",
+        "Unknown database", "SSL",
+    )  # fmt: skip
+    # Only servers come back.
+    lost = "://" in place and any(isinstance(e, OperationalError) for e in (error, cause))
     away = lost and not any(word in reason for word in refused)
     return (StorageAwayError if away else StorageError)(
         f"cannot open {place} ({reason}); check the address, the account and the network"

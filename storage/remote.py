@@ -307,9 +307,9 @@ class RemoteTrialTable:
         arguments = {"trial_id": trial_id, "token": token, "params": list(params)}
         return bool(self._call("set_params", **arguments))
 
-    def forget_steps(self, trial_id: int, after: int) -> None:
+    def forget_steps(self, trial_id: int, token: str, after: int) -> bool:
         """Delete the intermediate values beyond a step."""
-        self._call("forget_steps", trial_id=trial_id, after=after)
+        return bool(self._call("forget_steps", trial_id=trial_id, token=token, after=after))
 
     def beat(self, trial_id: int, token: str) -> bool:
         """Raise the beat of the lease with that token."""

@@ -10,7 +10,9 @@ and delete every study.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import queue
 import socket
@@ -167,7 +169,12 @@ class _Claims:
 
     def _as_it_is(self, name: str) -> Callable[..., Any]:
         """Return an operation whose arguments and result are JSON already."""
-        return lambda **arguments: getattr(self._table, name)(**arguments)
+
+        @functools.wraps(getattr(self._table, name))
+        def operation(**arguments: Any) -> Any:
+            return getattr(self._table, name)(**arguments)
+
+        return operation
 
     def _hello(self) -> dict[str, Any]:
         return {
@@ -271,9 +278,20 @@ class _Failures(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no ty
 
 
 def _unary(operation: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    accepted = inspect.signature(operation)
+
     def call(request: Any, context: Any) -> Any:
         if not isinstance(request, dict):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a request is a JSON object")
+        try:
+            accepted.bind(**request)
+        except TypeError as error:
+            # As of a worker that was begun before the server was upgraded.
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the store is served by another version of sweep ({error}); install the same one "
+                "on both sides",
+            )
         return operation(**request)
 
     return call

@@ -463,10 +463,13 @@ class TrialTable:
                 connection.execute(self._sql.add_params, new)
         return True
 
-    def forget_steps(self, trial_id: int, after: int) -> None:
-        """Delete the intermediate values beyond a step."""
+    def forget_steps(self, trial_id: int, token: str, after: int) -> bool:
+        """Delete the intermediate values beyond a step; False if the trial is not its any more."""
         with self._engine.begin() as connection:
+            if self._held(connection, trial_id, token) is None:
+                return False
             connection.execute(self._sql.forget_steps, {"id": trial_id, "after": after})
+            return True
 
     def beat(self, trial_id: int, token: str) -> bool:
         """Raise the beat of the lease with that token; False if the trial is not its any more."""

@@ -215,9 +215,8 @@ class TrialQueue:
         Raises:
             LeaseLostError: the trial is not this worker's any more.
         """
-        if not self.owns(claim):
+        if not with_retries(lambda: self._table.forget_steps(claim.trial_id, claim.token, after)):
             raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
-        with_retries(lambda: self._table.forget_steps(claim.trial_id, after))
 
     def requeue_abandoned(self, study_ids: Sequence[int]) -> None:
         """Put back the trials whose lease has run out, without claiming any.

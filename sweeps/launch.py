@@ -60,17 +60,23 @@ def plan_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
 class Restarts:
     """Whether a worker that was killed is started again, for each of `count` workers."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._in_a_row = [0] * count
         self._started = [0.0] * count
 
     def note_start(self, index: int) -> None:
         """A worker starts now."""
-        self._started[index] = time.monotonic()
+        self._started[index] = self._clock()
 
     def again(self, index: int) -> bool:
-        """Whether to start it again, which counts; at most :data:`MAX_RESTARTS` in a row."""
-        if time.monotonic() - self._started[index] > HEALTHY_SECONDS:
+        """Whether to start it again, which counts; at most :data:`MAX_RESTARTS` in a row.
+
+        Once the answer was no, it stays so.
+        """
+        if self._in_a_row[index] > MAX_RESTARTS:
+            return False
+        if self._clock() - self._started[index] > HEALTHY_SECONDS:
             self._in_a_row[index] = 0
         self._in_a_row[index] += 1
         return self._in_a_row[index] <= MAX_RESTARTS

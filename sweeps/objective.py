@@ -471,6 +471,8 @@ def _federated_settings(config: TrialConfig) -> FederatedSettings:
 def _memory_format(config: TrialConfig, device: torch.device) -> torch.memory_format:
     if config.algorithm != "sync-sgd":
         return torch.contiguous_format  # torch.func.vmap handles no other throughout
+    if ":" in config.model:
+        return torch.contiguous_format  # a user's own code may view a tensor as another shape
     # On CPUs PyTorch's Group Normalization is slower on channels-last tensors, which narrow
     # networks do not win back in their convolutions.
     grouped = config.norm in ("group", "layer", "instance")

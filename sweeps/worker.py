@@ -292,7 +292,7 @@ class Worker:
         confirms = bool(sweep.spec.confirms)
         try:
             self._refuse_deadly(claim)
-            if claim.attempt == 1:
+            if claim.attempt == 1 and self._queue.owns(claim):
                 # One of an earlier store in the same place is not this trial's.
                 self._checkpoints.delete(key)
             trial, config = self._begin(sweep, study, claim)

@@ -37,6 +37,40 @@ def headless(*, norm_layer, num_classes, in_channels, image_size):
 def of_a_fixed_size(*, norm_layer, num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.Linear(99, num_classes))
 
+def hidden(*, norm_layer, num_classes, in_channels, image_size):
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(in_channels * image_size**2, num_classes)
+        def forward(self, x):
+            return self.fc(nn.functional.dropout(x.flatten(1), 0.5, self.training))
+    return Hidden()
+
+def frozen(**keywords):
+    network = tiny(**keywords)
+    network[0].weight.requires_grad_(False)
+    return network
+
+def unused(**keywords):
+    network = tiny(**keywords)
+    network.other = nn.Conv2d(1, 1, 1)
+    network.forward = lambda x: nn.Sequential(*list(network)[:9])(x)
+    return network
+
+def lazy(*, norm_layer, num_classes, in_channels, image_size):
+    return nn.Sequential(
+        nn.LazyConv2d(4, 3), nn.Flatten(), nn.Linear(4 * (image_size - 2)**2, num_classes)
+    )
+
+def auxiliary(**keywords):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = tiny(**keywords)
+        def forward(self, x):
+            return (self.network(x),) * 2 if self.training else self.network(x)
+    return Two()
+
 def nothing(*, norm_layer, num_classes, in_channels, image_size):
     return None
 """
@@ -144,7 +178,12 @@ def test_a_resumed_training_equals_one_never_stopped(tmp_path: Path) -> None:
         ({"model": "own_nets:missing"}, "cannot be imported"),
         ({"model": "no_such_module:build"}, "put its folder on PYTHONPATH"),
         ({"model": "own_nets:MODULE_NAME"}, "cannot be imported"),
-        ({"model": "own_nets:forgetful"}, "dropout"),
+        ({"model": "own_nets:forgetful"}, "draws random numbers"),
+        ({"model": "own_nets:hidden"}, "draws random numbers"),
+        ({"model": "own_nets:frozen"}, "frozen"),
+        ({"model": "own_nets:unused"}, "takes no part"),
+        ({"model": "own_nets:lazy"}, "lazy layers"),
+        ({"model": "own_nets:auxiliary"}, "returns tuple"),
         ({"model": "own_nets:headless"}, "no linear layer with a bias and num_classes=10"),
         ({"model": "own_nets:of_a_fixed_size"}, "cannot be used"),
         ({"model": "own_nets:nothing"}, "returned NoneType"),

@@ -740,7 +740,7 @@ def test_queue_survives_a_lock_longer_than_the_time_out(tmp_path: Path) -> None:
         connection.execute("PRAGMA busy_timeout = 10")
 
     event.listen(engine, "connect", impatient)
-    event.listen(engine, "begin", lambda connection: tries.release(), insert=True)
+    event.listen(engine, "checkout", lambda *_: tries.release())
     results = []
     thread = threading.Thread(
         target=lambda: results.append(queue.finish(claim, TrialState.COMPLETE, 0.5))
