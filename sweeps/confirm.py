@@ -399,8 +399,11 @@ def _stored_confirmation(store: BaseStorage, sweep: StoredSweep) -> StoredSweep 
         return stored
     names = {name + s.name.removeprefix(sweep.spec.name) for s in sweep.studies}
     for study in store.get_all_studies():
-        its = study.user_attrs.get(SPEC, {}).get("confirms")
-        if study.study_name in names and its != sweep.spec.name and study.user_attrs:
+        its = study.user_attrs.get(SPEC)
+        # One that has no spec yet is left to `create_or_resume`: its creation was cut short, or
+        # it is nobody's sweep.
+        other = its is not None and its.get("confirms") != sweep.spec.name
+        if study.study_name in names and other:
             raise SweepError(
                 f"the store has a study {study.study_name!r} that is not of the confirmation of "
                 f"{sweep.spec.name}; {elsewhere}"

@@ -411,6 +411,41 @@ def test_what_a_kill_leaves_of_a_creation_is_completed(
         assert runs(tmp_path, f"tiny-confirm/norm={norm}") == [(0.1, 1), (0.1, 2)]
 
 
+def test_a_creation_that_was_cut_short_in_its_first_study_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.6)
+    real: Callable[..., None] = optuna.storages._CachedStorage.set_study_user_attr
+
+    class Killed(BaseException):
+        pass
+
+    def before_spec(*args: Any, **more: Any) -> None:
+        if "sweep_spec" in (*args, *more.values()):
+            raise Killed
+        real(*args, **more)
+
+    monkeypatch.setattr(optuna.storages._CachedStorage, "set_study_user_attr", before_spec)
+    with pytest.raises(Killed):
+        confirm(store)
+    monkeypatch.undo()
+    assert "tiny-confirm" in [study.study_name for study in store.get_all_studies()]
+    confirm(store)
+    assert runs(tmp_path) == [(0.1, 1), (0.1, 2)]
+
+
+def test_a_study_of_somebody_elses_under_its_name_is_refused(tmp_path: Path) -> None:
+    spec = make_spec()
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.6)
+    theirs = optuna.create_study(storage=store, study_name="tiny-confirm", direction="maximize")
+    theirs.set_user_attr("mine", True)
+    with pytest.raises(SweepError, match=r"a study 'tiny-confirm' that is not of this sweep"):
+        confirm(store)
+
+
 def test_what_cannot_be_confirmed_is_refused(tmp_path: Path) -> None:
     spec = make_spec(train={"norm": None}, each={"norm": ["group", "layer"]})
     store = begin(tmp_path, spec)
