@@ -25,7 +25,7 @@ from data.sources import Outline, outline
 from storage.leases import LEASE_ATTR
 from storage.leases import count as count_of
 from sweeps.config import TrialConfig, Value
-from sweeps.errors import SweepError, plural
+from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Slot
 from sweeps.limits import epochs_spent, seconds_spent
 from sweeps.objective import Sizes, dataset_identity
@@ -460,7 +460,10 @@ def epoch_share(spec: SweepSpec, status: SweepStatus | None, store: BaseStorage 
             )
     if store is not None:
         for name in stored_names(store):
-            other = stored_sweep(store, name)
+            try:
+                other = stored_sweep(store, name)
+            except SpecError:  # of another version; it is in nobody's way here
+                continue
             alike = all(
                 getattr(other.spec, part) == getattr(spec, part) for part in ("pruner", "search")
             )

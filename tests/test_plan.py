@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import Command, begin, command, environment, make_spec, run, trials, write_spec
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from data.sources import DataError, load_dataset, made_dataset, outline
 from storage.trials import TrialQueue
 from sweeps import spec as specs
+from sweeps.errors import SpecError
 from sweeps.launch import Slot
 from sweeps.objective import Objective, Sizes
 from sweeps.plan import DAY, Plan, count, epoch_share, spoken
@@ -41,9 +43,15 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def plan_of(spec: SweepSpec, *, workers: int = 1, sample: Sample | None = SAMPLE) -> Plan:
+def plan_of(
+    spec: SweepSpec,
+    *,
+    workers: int = 1,
+    sample: Sample | None = SAMPLE,
+    store: BaseStorage | None = None,
+) -> Plan:
     planned = count(
-        spec, [SIZES] * len(spec.cells), None, slots=lambda left: [Slot("cpu", 1)] * workers
+        spec, [SIZES] * len(spec.cells), store, slots=lambda left: [Slot("cpu", 1)] * workers
     )
     if sample is None:
         return planned
@@ -296,6 +304,18 @@ def test_pruning_is_taken_from_the_stores_own_trials(tmp_path: Path) -> None:
     alike = planned(tmp_path, "tiny.toml", "--name", "other", "--seconds", "0")
     assert alike["epoch_share"] == found["epoch_share"]
     assert "like it" in alike["epoch_share_from"]
+
+
+def test_a_sweep_of_another_version_does_not_stand_in_the_way_of_others(tmp_path: Path) -> None:
+    pruner = {"type": "MedianPruner"}
+    store = begin(tmp_path, make_spec("newer", pruner=pruner))
+    (study,) = stored_sweep(store, "newer").studies
+    unknown = {**make_spec("newer").as_dict(), "train": {"of_another_version": 1}}
+    store.set_study_user_attr(study.study_id, "sweep_spec", unknown)
+    with pytest.raises(SpecError, match="of_another_version"):
+        stored_sweep(store, "newer")
+    found = plan_of(make_spec(pruner=pruner), store=store)
+    assert found.share.whence.startswith("assumed")
 
 
 def test_plan_says_what_would_be_downloaded(tmp_path: Path) -> None:
