@@ -362,17 +362,22 @@ def count(
         data: its data sets.
     """
     added = add_trials
+    budgets: dict[str, int] = {}
     status, hours, epochs = None, spec.budget.hours, spec.budget.epochs_total
     if store is not None and spec.name in stored_names(store):
         sweep = stored_sweep(store, spec.name)
         status = read_status(store, sweep)
+        if spec.confirms:  # each of its studies has the runs that were enqueued there
+            budgets = {study.name: study.budget for study in sweep.studies}
         # A budget that is edited says how many there are, those added before included.
-        if sweep.spec.budget.trials == spec.budget.trials:
+        elif sweep.spec.budget.trials == spec.budget.trials:
             added += sweep.studies[0].budget - spec.budget.trials
         hours = None if hours is None else max(0.0, hours - seconds_spent(store, sweep) / 3600)
         epochs = None if epochs is None else max(0, epochs - epochs_spent(store, sweep))
     studies = [
-        _study_plan(spec, cell, size, status, spec.budget.trials + added)
+        _study_plan(
+            spec, cell, size, status, budgets.get(spec.study_name(cell), spec.budget.trials + added)
+        )
         for cell, size in zip(spec.cells, sizes, strict=True)
     ]
     return Plan(

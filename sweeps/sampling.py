@@ -546,9 +546,15 @@ class Samplers:
             spec,
             name=name,
             cells=({**shape.cell, **shape.pinned},),
-            search={n: space for n, space in spec.search.items() if n not in shape.pinned},
+            # Only a confirmation searches seeds; which one it is does not show in the time.
+            search={
+                n: space
+                for n, space in spec.search.items()
+                if n not in shape.pinned and n != "seed"
+            },
             tries=(),
             budget=Budget(trials=10**6, seeds=spec.budget.seeds, keep_checkpoints="none"),
+            confirms="",
         )
         create_or_resume(self._store, alone, ["made"])
         request = {"sweep": name, "seconds": seconds, "config": shape.config.as_dict()}

@@ -12,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from helpers import Command, begin, command, environment, make_spec, run, trials, write_spec
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from data.sources import DataError, load_dataset, made_dataset, outline
 from storage.trials import TrialQueue
+from sweeps import search
 from sweeps import spec as specs
+from sweeps.confirm import enqueue_runs
 from sweeps.errors import SpecError
 from sweeps.launch import Slot
 from sweeps.objective import Objective, Sizes
@@ -316,6 +319,30 @@ def test_a_sweep_of_another_version_does_not_stand_in_the_way_of_others(tmp_path
         stored_sweep(store, "newer")
     found = plan_of(make_spec(pruner=pruner), store=store)
     assert found.share.whence.startswith("assumed")
+
+
+def test_a_confirmation_is_planned_with_the_runs_of_each_study(tmp_path: Path) -> None:
+    spec = make_spec(train={"norm": None, "epochs": 1}, each={"norm": ["group", "layer"]})
+    store = begin(tmp_path, spec)
+    for norm, found in (("group", [0.1, 0.2]), ("layer", [0.1])):
+        study = optuna.load_study(storage=store, study_name=f"tiny/norm={norm}")
+        for lr in found:
+            study.add_trial(
+                create_trial(
+                    value=lr,
+                    params={"peak_lr": lr},
+                    distributions=search.distributions(spec.search),
+                    intermediate_values={1: lr},
+                    user_attrs={OUTCOME: "complete"},
+                )
+            )
+    fingerprints = [study.fingerprint for study in stored_sweep(store, "tiny").studies]
+    enqueue_runs(store, "tiny", fingerprints, top=2, seeds=2)
+    found = planned(tmp_path, "tiny-confirm", "--seconds", "0.5", "--workers", "1")
+    assert found["problems"] == []
+    assert found["seconds"] > 0
+    assert [study["trials"] for study in found["studies"]] == [4, 2]
+    assert found["remaining"]["trials"] == 6
 
 
 def test_plan_says_what_would_be_downloaded(tmp_path: Path) -> None:
