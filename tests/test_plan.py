@@ -18,6 +18,7 @@ import torch
 from helpers import Command, begin, command, environment, make_spec, run, trials, write_spec
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
 from data.sources import DataError, load_dataset, made_dataset, outline
 from storage.trials import TrialQueue
@@ -27,7 +28,7 @@ from sweeps.confirm import enqueue_runs
 from sweeps.errors import SpecError
 from sweeps.launch import Slot
 from sweeps.objective import Objective, Sizes
-from sweeps.plan import DAY, Plan, count, epoch_share, spoken
+from sweeps.plan import DAY, Plan, count, epoch_share, plan_lines, plan_table, spoken, unmeasured
 from sweeps.sampling import Sample, keep_sample, kept_sample, key_of, measure_here, shapes
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES, OUTCOME
@@ -128,6 +129,27 @@ def test_images_are_those_that_a_trial_trains_on(train: dict[str, Any], images: 
     batches = objective._batches(config, 0)
     assert batches.updates_per_epoch == sizes.updates_per_epoch
     assert sum(len(batch.labels) for batch in batches.epoch(0)) == images
+
+
+def test_a_study_that_is_done_needs_no_measurement() -> None:
+    spec = make_spec(each={"norm": ["group", "fixup"]}, train={"norm": None})
+    whole = plan_of(spec)
+    group, fixup = whole.studies
+    group = dataclasses.replace(group, finished=3, open=[], fresh=range(3, 3))
+    ((_, shape),) = fixup.shapes
+    one = dataclasses.replace(whole, studies=[group, fixup], samples={shape.key: SAMPLE})
+    assert not unmeasured(one)
+    assert one.as_dict()["seconds"] == 3 * 7 + 5
+    assert one.as_dict()["disk"]["checkpoint_bytes"] == 100
+    assert [study["epoch_seconds"] for study in one.as_dict()["studies"]] == [None, 2.0]
+    assert any("time:" in line and "about 26 s" in line for line in plan_lines(one))
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(plan_table(one))
+    assert "–" in shown.get()
+    none = dataclasses.replace(one, studies=[group], samples={})
+    assert none.as_dict()["seconds"] == 0
+    assert none.line() == "nothing is left to run"
 
 
 def test_a_huge_budget_is_counted_without_being_listed() -> None:
