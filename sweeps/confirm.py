@@ -8,7 +8,7 @@ that are left would be of the lucky ones. `sweeps.confirmation` reads what comes
 
 The runs are listed nowhere but as trials. Whoever confirms compares what is wanted with what is
 there, under the store's lock, and enqueues the rest: again after a kill it completes, with more
-seeds it adds, and a second time it does nothing.
+seeds it adds, and a second time it does nothing, but for the runs that failed, which get one more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
+from optuna.trial import TrialState
 from rich.console import Console
 
 from storage.engine import check_url, close_storage, exclusive, open_storage
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 MAX_SEED = 10**9
+
+MAX_RUNS = 2
+"""Runs of one setting and seed: one that failed may have had no fault of its own, twice has."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +248,13 @@ def _plan(store: BaseStorage, name: str, top: int, seeds: int) -> _Plan:
     for position, study in enumerate(status.studies):
         wanted, left_out = _wanted(study, list(sweep.spec.search), top)
         remarks += left_out
-        there = _runs(store, stored.studies[position].study_id) if stored else set()
+        there = _runs(store, stored.studies[position].study_id) if stored else {}
         missing.append(
             [
                 _Wanted(f"{label}, seed {seed}", {**dict(key), SEED: seed})
                 for seed in fresh
                 for key, label in wanted.items()
-                if (key, seed) not in there
+                if not there.get((key, seed))
             ]
         )
         settings += [*wanted, *(key for key, _ in there)]
@@ -324,9 +328,17 @@ def _called(trial: TrialStatus) -> str:
     return f"{trial.label} (#{trial.number})" if trial.label else f"#{trial.number}"
 
 
-def _runs(store: BaseStorage, study_id: int) -> set[tuple[Settings, int]]:
-    found = [run_params(t) for t in store.get_all_trials(study_id, deepcopy=False)]
-    return {(settings_of(p), int(p[SEED])) for p in found if SEED in p}
+def _runs(store: BaseStorage, study_id: int) -> dict[tuple[Settings, int], bool]:
+    """The runs that are there, and of each whether that is all; one that failed runs again."""
+    states: dict[tuple[Settings, int], list[TrialState]] = {}
+    for trial in store.get_all_trials(study_id, deepcopy=False):
+        params = run_params(trial)
+        if SEED in params:
+            key = settings_of(params), int(params[SEED])
+            states.setdefault(key, []).append(trial.state)
+    return {
+        key: len(its) >= MAX_RUNS or set(its) != {TrialState.FAIL} for key, its in states.items()
+    }
 
 
 # --- its spec -----------------------------------------------------------------------------------

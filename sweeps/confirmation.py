@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
+from sweeps.errors import plural
 from sweeps.spec import CONFIRMATION
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus, read_status
 from sweeps.studies import StoredSweep, stored_names, stored_sweep
@@ -313,8 +314,13 @@ def _runs(
         name = seen.label.removesuffix(f", seed {seed}")
         _, runs = found.setdefault(settings_of(params), (name, {}))
         run = _run(trial, seen, seed)
-        # Two stores that were merged may have computed the same one.
-        if seed not in runs or (runs[seed].accuracy is None and run.accuracy is not None):
+        # Two stores that were merged may have computed the same one; one that failed runs again.
+        before = runs.get(seed)
+        if (
+            before is None
+            or before.outcome == "failed"
+            or (before.accuracy is None and run.accuracy is not None)
+        ):
             runs[seed] = run
     return {
         key: (name, [run for _, run in sorted(runs.items())]) for key, (name, runs) in found.items()
@@ -548,8 +554,11 @@ def confirmed_notes(confirmation: Confirmation) -> list[str]:
             "A run that diverged counts with the accuracy of a guess, 1 over the classes; with "
             "such runs among others an interval is rough, as they are far from a normal spread."
         )
-    if confirmation.count("failed"):
-        found.append("A run that failed is left out.")
+    if failed := confirmation.count("failed"):
+        found.append(
+            f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} left out; sweep "
+            f"confirm {confirmation.confirms} runs again what failed once."
+        )
     return found
 
 

@@ -586,6 +586,28 @@ def test_a_sweep_on_the_test_images_says_that_they_took_part(tmp_path: Path) -> 
     assert any("taken part in the choice" in note for note in notes(found))
 
 
+def test_a_run_that_failed_is_tried_once_more(tmp_path: Path) -> None:
+    spec = make_spec(train={"epochs": 1})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    confirm(store, seeds=3)
+    finish(store, {(0.1, 1): 0.8, (0.1, 2): "failed", (0.1, 3): "failed"})
+    found = read_findings(store, stored_sweep(store, "tiny"))
+    assert any("2 runs failed and are left out" in note for note in notes(found))
+    confirm(store, seeds=3)
+    assert runs(tmp_path) == [(0.1, 1), (0.1, 2), (0.1, 3), (0.1, 2), (0.1, 3)]
+    assert confirmation(store).count("queued") == 2
+    finish(store, {(0.1, 2): 0.82, (0.1, 3): "failed"})
+    confirm(store, seeds=3)
+    assert len(runs(tmp_path)) == 5
+    found = read_findings(store, stored_sweep(store, "tiny"))
+    assert any("1 run failed and is left out" in note for note in notes(found))
+    (best,) = confirmation(store).studies[0].settings
+    assert [run.outcome for run in best.runs] == ["complete", "complete", "failed"]
+    assert best.estimate is not None
+    assert best.estimate.count == 2
+
+
 def test_a_confirmation_picks_no_best_run(tmp_path: Path) -> None:
     store, _ = known_confirmation(tmp_path)
     status = read_answer(store, stored_sweep(store, "tiny-confirm"))
