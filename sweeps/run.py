@@ -125,7 +125,8 @@ def run_sweep(
     close_storage(store, storage_url)
     if status is not None:
         print_answer(status, storage_url, again, out)
-        if status.done:
+        # Those of a confirmation stand in its sweep's report.
+        if status.done and not status.confirms:
             _keep_figures(spec.name, storage_url, err)
     return code
 
