@@ -172,6 +172,8 @@ def test_from_a_sweep_to_its_confirmation(tmp_path: Path) -> None:
     assert float(row["confirmed"]) == pytest.approx(sum(values) / 3)
     assert row["confirmed_runs"] == "3"
     # Whoever looks at it is told the same.
+    watched = run("status", "tiny", "--watch", "--json", cwd=tmp_path)
+    assert json.loads(watched.stdout)["confirmation"]["seeds"] == [2, 3, 4]
     assert f"{sum(values) / 3:.4f} [" in run("status", "tiny-confirm", cwd=tmp_path).stdout
 
 
