@@ -246,6 +246,10 @@ def device_named(name: str | None) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"sweeps do not run on {device.type}")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda:0")  # `torch.cuda.set_device` wants the number
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
