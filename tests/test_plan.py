@@ -25,11 +25,20 @@ from storage.trials import TrialQueue
 from sweeps import search
 from sweeps import spec as specs
 from sweeps.confirm import enqueue_runs
-from sweeps.errors import SpecError
+from sweeps.errors import SpecError, SweepError
 from sweeps.launch import Slot
 from sweeps.objective import Objective, Sizes
 from sweeps.plan import DAY, Plan, count, epoch_share, plan_lines, plan_table, spoken, unmeasured
-from sweeps.sampling import Sample, keep_sample, kept_sample, key_of, measure_here, shapes
+from sweeps.preflight import device_named
+from sweeps.sampling import (
+    Sample,
+    _throwaway_folder,
+    keep_sample,
+    kept_sample,
+    key_of,
+    measure_here,
+    shapes,
+)
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES, OUTCOME
 from sweeps.studies import stored_sweep
@@ -299,6 +308,26 @@ def test_plan_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "cache").iterdir()} <= {"decoded", "speeds"}
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder", encoding="utf-8")
+    write_spec(tmp_path / "tiny.toml")
+    found = planned(tmp_path, "tiny.toml", "--workers", "1", "--seconds", "0.2")
+    assert found["problems"] == []
+    assert found["seconds"] > 0
+
+
+def test_what_a_killed_plan_has_left_is_swept_away(tmp_path: Path) -> None:
+    old, new = (tmp_path / "cache" / name for name in ("plan-old", "plan-new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "sweep.db").touch()
+    os.utime(old, (0, 0))
+    with _throwaway_folder() as folder:
+        assert Path(folder).parent == tmp_path / "cache"
+        assert not old.exists()
+        assert new.exists()
+
+
 def test_what_the_store_holds_is_subtracted(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", budget={"trials": 2}, pruner={"type": "MedianPruner"})
     assert run_here("start", "tiny.toml", cwd=tmp_path).returncode == 0
@@ -377,6 +406,15 @@ def test_plan_says_what_would_be_downloaded(tmp_path: Path) -> None:
     assert "7 trials, 2,100 epochs" in done.stdout
     assert not (tmp_path / "data").exists()
     assert not (tmp_path / "sweep.db").exists()
+
+
+def test_devices_are_named_as_they_can_be_used() -> None:
+    assert device_named("cpu") == torch.device("cpu")
+    for name in ("meta", "mps", "nonsense"):
+        with pytest.raises(SweepError, match=f"device '{name}' cannot be used"):
+            device_named(name)
+    if torch.cuda.is_available():
+        assert device_named("cuda") == torch.device("cuda:0")
 
 
 def test_a_device_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
