@@ -17,6 +17,7 @@ from rich.console import Console
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
 from storage.engine import (
+    EmptyStorageError,
     StorageError,
     check_url,
     close_storage,
@@ -231,15 +232,16 @@ def done_code(status: SweepStatus, err: Console) -> int:
 def _already_done(spec: SweepSpec, storage_url: str) -> SweepStatus | None:
     """The state of a sweep that has nothing left to run: it is answered without its images."""
     file = sqlite_path(storage_url)
-    served = is_grpc(storage_url)
-    if not served and (file is None or not file.exists()):
+    if file is not None and not file.exists():
         return None
     try:
         store = open_storage(storage_url, read_only=True)
+    except EmptyStorageError:
+        return None
     except StorageError:
-        if served:
+        if file is None:
             raise  # before the data set is loaded
-        return None  # nothing there yet, or a fault that opening it to write explains better
+        return None  # a fault that opening it to write explains better
     try:
         if spec.name not in stored_names(store):
             return None
