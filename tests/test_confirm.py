@@ -576,6 +576,33 @@ def test_confirmed_is_told_as_confirmed_and_unconfirmed_as_unconfirmed(tmp_path:
     assert any(s.startswith("Unconfirmed") for s in study_sentences(later, later.studies[0]))
 
 
+def test_a_confirmation_that_is_not_done_says_so(tmp_path: Path) -> None:
+    spec = make_spec(train={"epochs": 1}, budget={"trials": 2})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    complete(store, spec, 0.05, 0.7, label="known")
+    confirm(store, seeds=2)
+    finish(store, {(0.1, 1): 0.8, (0.05, 1): 0.7, (0.1, 2): 0.81, (0.05, 2): 0.71})
+    confirm(store, seeds=3)
+    found = read_findings(store, stored_sweep(store, "tiny"))
+    assert "Confirmed so far (2 of 3 runs), on the test images" in headline(found)
+    sentences = study_sentences(found, found.studies[0])
+    assert sum("Confirmed so far (2 of 3 runs): 0." in s for s in sentences) == 2
+    known = confirmation(store).studies[0].settings[1]
+    assert known.versus is not None
+
+
+def test_one_pair_is_no_comparison(tmp_path: Path) -> None:
+    spec = make_spec(train={"epochs": 1}, budget={"trials": 2})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    complete(store, spec, 0.05, 0.7, label="known")
+    confirm(store, seeds=2)
+    finish(store, {(0.1, 1): 0.8, (0.05, 1): 0.7, (0.1, 2): 0.81, (0.05, 2): "failed"})
+    known = confirmation(store).studies[0].settings[1]
+    assert known.versus is None
+
+
 def test_a_sweep_on_the_test_images_says_that_they_took_part(tmp_path: Path) -> None:
     spec = make_spec(train={"epochs": 1, "validation": "test", "validation_fraction": None})
     store = begin(tmp_path, spec)
