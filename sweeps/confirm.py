@@ -160,6 +160,8 @@ def confirm_sweep(
     close_storage(store, storage_url)
     if status is not None:
         _show(status, storage_url, again, out, print_json)
+        if status.done:
+            code = done_code(status, err)
     return code
 
 

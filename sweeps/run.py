@@ -127,6 +127,8 @@ def run_sweep(
     if status is not None:
         print_answer(status, storage_url, again, out)
         # Those of a confirmation stand in its sweep's report.
+        if status.done:
+            code = done_code(status, err)
         if status.done and not status.confirms:
             _keep_figures(spec.name, storage_url, err)
     return code
@@ -157,7 +159,8 @@ def run_to_end(
 
     Returns:
         The exit status, as of `run_sweep`, and the sweep's state then; None if the wait for the
-        store was interrupted.
+        store was interrupted. It is 0 where the sweep is done: what that is worth, `done_code`
+        says, after the answer.
     """
     began = datetime.now()
     watcher = open_storage(storage_url, read_only=True)
@@ -194,7 +197,7 @@ def run_to_end(
     status = with_retries(lambda: read_answer(watcher, stored_sweep(watcher, spec.name)))
     close_storage(watcher, storage_url)
     if status.done:
-        return done_code(status, err), status
+        return 0, status
     return 130 if status.stop_requests != requests_before else code, status
 
 
