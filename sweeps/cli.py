@@ -572,14 +572,18 @@ def _place(on: str, gpus_per_worker: float | None) -> AbstractContextManager[Pla
 def _load(
     sweep: str, storage_url: str, quick: bool, overrides: list[str] | None, name: str | None
 ) -> SweepSpec:
-    """A preset or a file; failing these, a sweep that the store has under this name."""
+    """A preset or a file; failing these, a sweep that the store has under this name.
+
+    What is stored has taken its `--quick` into its settings, and has none any more.
+    """
     from sweeps import spec
     from sweeps.studies import stored_names, stored_sweep
 
     if not sweep.endswith(".toml") and sweep not in spec.presets():
         store = _store_if_any(storage_url)
-        if store and sweep in stored_names(store) and not (quick or overrides or name):
-            return stored_sweep(store, sweep).spec
+        if store and sweep in stored_names(store) and not quick:
+            kept = stored_sweep(store, sweep).spec
+            return spec.changed(kept, overrides or (), name) if overrides or name else kept
     return spec.load(sweep, quick=quick, overrides=overrides or (), rename=name)
 
 
