@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from sweeps.edits import Edit, decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place
 from sweeps.preflight import load_data
+from sweeps.progress import print_line
 from sweeps.run import (
     done_code,
     place_of,
@@ -132,13 +134,13 @@ def confirm_sweep(
     finally:
         close_storage(watcher, storage_url)
     for line in plan.remarks:
-        err.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(err, line)
     if done is not None:
         _show(done, storage_url, again, out, print_json)
         return done_code(done, err)
     place.prepare(
         storage_url,
-        lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
+        partial(print_line, err),
     )
     fingerprints = load_data(plan.spec, data_dir, err).fingerprints
     for study, here in zip(plan.of.studies, fingerprints, strict=True):
