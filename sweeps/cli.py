@@ -24,7 +24,6 @@ import typer
 from sweeps.errors import SpecError, SweepError
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
     from rich.console import Console
 
     from sweeps.launch import Place
@@ -220,6 +219,7 @@ def plan(
     with _stderr().status("loading PyTorch and Optuna"):
         from sweeps.plan import plan_lines, plan_table
         from sweeps.preflight import plan_sweep
+        from sweeps.progress import print_line
 
     planned = plan_sweep(
         spec, storage_url, data_dir=data_dir, workers=workers, device=device, threads=threads,
@@ -229,10 +229,10 @@ def plan(
         _print_json(planned.as_dict())
         return
     out = _stdout()
-    out.print(f"{spec.name}: {spec.question}", highlight=False, markup=False, soft_wrap=True)
+    print_line(out, f"{spec.name}: {spec.question}")
     out.print(plan_table(planned))
     for line in plan_lines(planned):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(out, line)
 
 
 @app.command(rich_help_panel="Run")
@@ -351,12 +351,12 @@ def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None
     from rich.text import Text
 
     from sweeps import spec
-    from sweeps.studies import shown_url, stored_names
+    from sweeps.studies import shown_url, store_to_read, stored_names
 
     presets = {}
     for preset in spec.presets():
         presets[preset] = str(spec.read_table(preset)[0].get("question", ""))
-    store = _store_if_any(storage_url)
+    store = store_to_read(storage_url)
     stored = stored_names(store) if store else []
     if as_json:
         rows = [{"name": n, "question": q} for n, q in presets.items()]
@@ -410,6 +410,7 @@ def status(
         raise typer.BadParameter("--watch follows one sweep; give its name")
     from storage.engine import open_storage
     from sweeps.confirmation import read_answer
+    from sweeps.progress import print_line
     from sweeps.report import answer_table, disk_line, outcome_lines
     from sweeps.studies import shown_url, stored_names, stored_sweep
 
@@ -433,7 +434,7 @@ def status(
     for found in statuses:
         out.print(answer_table(found))
         for line in (*outcome_lines(found), disk_line(found.name, storage_url)):
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_line(out, line)
 
 
 @app.command(rich_help_panel="Look")
@@ -572,29 +573,19 @@ def _place(on: str, gpus_per_worker: float | None) -> AbstractContextManager[Pla
 def _load(
     sweep: str, storage_url: str, quick: bool, overrides: list[str] | None, name: str | None
 ) -> SweepSpec:
-    """A preset or a file; failing these, a sweep that the store has under this name."""
+    """A preset or a file; failing these, a sweep that the store has under this name.
+
+    What is stored has taken its `--quick` into its settings, and has none any more.
+    """
     from sweeps import spec
-    from sweeps.studies import stored_names, stored_sweep
+    from sweeps.studies import store_to_read, stored_names, stored_sweep
 
     if not sweep.endswith(".toml") and sweep not in spec.presets():
-        store = _store_if_any(storage_url)
-        if store and sweep in stored_names(store) and not (quick or overrides or name):
-            return stored_sweep(store, sweep).spec
+        store = store_to_read(storage_url)
+        if store and sweep in stored_names(store) and not quick:
+            kept = stored_sweep(store, sweep).spec
+            return spec.changed(kept, overrides or (), name) if overrides or name else kept
     return spec.load(sweep, quick=quick, overrides=overrides or (), rename=name)
-
-
-def _store_if_any(storage_url: str) -> BaseStorage | None:
-    """The store, to read from; None where there is none yet."""
-    from storage.engine import EmptyStorageError, open_storage, sqlite_path
-
-    path = sqlite_path(storage_url)
-    if path is not None and not path.exists():
-        return None
-    _quiet_libraries()
-    try:
-        return open_storage(storage_url, read_only=True)
-    except EmptyStorageError:
-        return None
 
 
 def _stop_with_parent(stop: StopRequest) -> None:

@@ -8,17 +8,19 @@ that are left would be of the lucky ones. `sweeps.confirmation` reads what comes
 
 The runs are listed nowhere but as trials. Whoever confirms compares what is wanted with what is
 there, under the store's lock, and enqueues the rest: again after a kill it completes, with more
-seeds it adds, and a second time it does nothing.
+seeds it adds, and a second time it does nothing, but for the runs that failed, which get one more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
+from optuna.trial import TrialState
 from rich.console import Console
 
 from storage.engine import check_url, close_storage, exclusive, open_storage
@@ -30,6 +32,7 @@ from sweeps.edits import Edit, decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place
 from sweeps.preflight import load_data
+from sweeps.progress import print_line
 from sweeps.run import (
     done_code,
     place_of,
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 MAX_SEED = 10**9
+
+MAX_RUNS = 2
+"""Runs of one setting and seed: one that failed may have had no fault of its own, twice has."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +134,13 @@ def confirm_sweep(
     finally:
         close_storage(watcher, storage_url)
     for line in plan.remarks:
-        err.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(err, line)
     if done is not None:
         _show(done, storage_url, again, out, print_json)
         return done_code(done, err)
     place.prepare(
         storage_url,
-        lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
+        partial(print_line, err),
     )
     fingerprints = load_data(plan.spec, data_dir, err).fingerprints
     for study, here in zip(plan.of.studies, fingerprints, strict=True):
@@ -156,6 +162,8 @@ def confirm_sweep(
     close_storage(store, storage_url)
     if status is not None:
         _show(status, storage_url, again, out, print_json)
+        if status.done:
+            code = done_code(status, err)
     return code
 
 
@@ -244,13 +252,13 @@ def _plan(store: BaseStorage, name: str, top: int, seeds: int) -> _Plan:
     for position, study in enumerate(status.studies):
         wanted, left_out = _wanted(study, list(sweep.spec.search), top)
         remarks += left_out
-        there = _runs(store, stored.studies[position].study_id) if stored else set()
+        there = _runs(store, stored.studies[position].study_id) if stored else {}
         missing.append(
             [
                 _Wanted(f"{label}, seed {seed}", {**dict(key), SEED: seed})
                 for seed in fresh
                 for key, label in wanted.items()
-                if (key, seed) not in there
+                if not there.get((key, seed))
             ]
         )
         settings += [*wanted, *(key for key, _ in there)]
@@ -324,9 +332,17 @@ def _called(trial: TrialStatus) -> str:
     return f"{trial.label} (#{trial.number})" if trial.label else f"#{trial.number}"
 
 
-def _runs(store: BaseStorage, study_id: int) -> set[tuple[Settings, int]]:
-    found = [run_params(t) for t in store.get_all_trials(study_id, deepcopy=False)]
-    return {(settings_of(p), int(p[SEED])) for p in found if SEED in p}
+def _runs(store: BaseStorage, study_id: int) -> dict[tuple[Settings, int], bool]:
+    """The runs that are there, and of each whether that is all; one that failed runs again."""
+    states: dict[tuple[Settings, int], list[TrialState]] = {}
+    for trial in store.get_all_trials(study_id, deepcopy=False):
+        params = run_params(trial)
+        if SEED in params:
+            key = settings_of(params), int(params[SEED])
+            states.setdefault(key, []).append(trial.state)
+    return {
+        key: len(its) >= MAX_RUNS or set(its) != {TrialState.FAIL} for key, its in states.items()
+    }
 
 
 # --- its spec -----------------------------------------------------------------------------------
@@ -399,8 +415,11 @@ def _stored_confirmation(store: BaseStorage, sweep: StoredSweep) -> StoredSweep 
         return stored
     names = {name + s.name.removeprefix(sweep.spec.name) for s in sweep.studies}
     for study in store.get_all_studies():
-        its = study.user_attrs.get(SPEC, {}).get("confirms")
-        if study.study_name in names and its != sweep.spec.name and study.user_attrs:
+        its = study.user_attrs.get(SPEC)
+        # One that has no spec yet is left to `create_or_resume`: its creation was cut short, or
+        # it is nobody's sweep.
+        other = its is not None and its.get("confirms") != sweep.spec.name
+        if study.study_name in names and other:
             raise SweepError(
                 f"the store has a study {study.study_name!r} that is not of the confirmation of "
                 f"{sweep.spec.name}; {elsewhere}"

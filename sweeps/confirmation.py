@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
+from sweeps.errors import plural
 from sweeps.spec import CONFIRMATION
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus, read_status
 from sweeps.studies import StoredSweep, stored_names, stored_sweep
@@ -313,8 +314,13 @@ def _runs(
         name = seen.label.removesuffix(f", seed {seed}")
         _, runs = found.setdefault(settings_of(params), (name, {}))
         run = _run(trial, seen, seed)
-        # Two stores that were merged may have computed the same one.
-        if seed not in runs or (runs[seed].accuracy is None and run.accuracy is not None):
+        # Two stores that were merged may have computed the same one; one that failed runs again.
+        before = runs.get(seed)
+        if (
+            before is None
+            or before.outcome == "failed"
+            or (before.accuracy is None and run.accuracy is not None)
+        ):
             runs[seed] = run
     return {
         key: (name, [run for _, run in sorted(runs.items())]) for key, (name, runs) in found.items()
@@ -405,7 +411,8 @@ def _compare(best: ConfirmedSetting, known: ConfirmedSetting) -> Comparison | No
         for run in best.runs
         if run.accuracy is not None and run.seed in theirs
     ]
-    ahead = _estimate(differences, lowest=-1.0)
+    # One pair says nothing.
+    ahead = _estimate(differences, lowest=-1.0) if len(differences) > 1 else None
     if ahead is None:
         return None
     p = float(paired_p_value(np.array(differences)))
@@ -474,7 +481,8 @@ def confirmed_cells(
 
 def confirmed_headline(confirmation: Confirmation) -> str:
     """What has become of the best accuracies, in one sentence."""
-    found = [(s.name, b.estimate) for s in confirmation.studies if (b := s.best) and b.estimate]
+    best = [(study.name, study.best) for study in confirmation.studies if study.best]
+    found = [(name, setting.estimate) for name, setting in best if setting.estimate]
     if not found:
         return "Unconfirmed so far: no run of a best setting with another seed has ended."
     parts = [
@@ -482,7 +490,14 @@ def confirmed_headline(confirmation: Confirmation) -> str:
         + (f" ({_short(name)})" if len(confirmation.studies) > 1 else "")
         for name, e in found
     ]
-    return f"Confirmed, on the test images with fresh seeds: {', '.join(parts)}."
+    so_far = _so_far([run for _, setting in best for run in setting.runs])
+    return f"Confirmed{so_far}, on the test images with fresh seeds: {', '.join(parts)}."
+
+
+def _so_far(runs: Sequence[Run]) -> str:
+    """How many of some runs have ended, where others have not."""
+    ended = sum(run.outcome in OUTCOMES for run in runs)
+    return f" so far ({ended} of {len(runs)} runs)" if ended < len(runs) else ""
 
 
 def confirmed_sentence(confirmation: Confirmation, study: str, trial: TrialStatus) -> str:
@@ -494,7 +509,8 @@ def confirmed_sentence(confirmation: Confirmation, study: str, trial: TrialStatu
     if estimate is None:
         return "Unconfirmed so far: no run with another seed has ended."
     count = f"{estimate.count} run{'s' if estimate.count > 1 else ''}"
-    said = f"Confirmed: {estimate.mean:.4f} on the test images, the mean over {count}"
+    said = f"Confirmed{_so_far(setting.runs)}: {estimate.mean:.4f} on the test images"
+    said += f", the mean over {count}"
     if estimate.low is not None and estimate.high is not None:
         said += f", 95 % interval {estimate.low:.4f} to {estimate.high:.4f}"
     if setting.drop is not None and trial.accuracy == setting.found:
@@ -508,7 +524,7 @@ def confirmed_sentence(confirmation: Confirmation, study: str, trial: TrialStatu
         parts.append(f"{setting.count('diverged')} of {of} runs diverged, and count as a guess.")
     if setting.count("failed"):
         parts.append(f"{setting.count('failed')} of {len(setting.runs)} runs failed.")
-    if setting.versus is not None and setting.versus.ahead.count > 1:
+    if setting.versus is not None:
         parts.append(_versus_sentence(setting.versus, confirmation.comparisons))
     return " ".join(parts)
 
@@ -548,8 +564,11 @@ def confirmed_notes(confirmation: Confirmation) -> list[str]:
             "A run that diverged counts with the accuracy of a guess, 1 over the classes; with "
             "such runs among others an interval is rough, as they are far from a normal spread."
         )
-    if confirmation.count("failed"):
-        found.append("A run that failed is left out.")
+    if failed := confirmation.count("failed"):
+        found.append(
+            f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} left out; sweep "
+            f"confirm {confirmation.confirms} runs again what failed once."
+        )
     return found
 
 

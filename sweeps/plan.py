@@ -25,7 +25,7 @@ from data.sources import Outline, outline
 from storage.leases import LEASE_ATTR
 from storage.leases import count as count_of
 from sweeps.config import TrialConfig, Value
-from sweeps.errors import SweepError, plural
+from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Slot
 from sweeps.limits import epochs_spent, seconds_spent
 from sweeps.objective import Sizes, dataset_identity
@@ -155,8 +155,12 @@ class Plan:
 
     @property
     def known(self) -> bool:
-        """Whether every study's speed is."""
-        return all(shape.key in self.samples for s in self.studies for _, shape in s.shapes)
+        """Whether the speed of every study that has trials left is."""
+        return all(self.knows(study) for study in self.studies if study.trials_left)
+
+    def knows(self, study: StudyPlan) -> bool:
+        """Whether the speed of a study is known."""
+        return all(shape.key in self.samples for _, shape in study.shapes)
 
     def epoch_seconds(self, study: StudyPlan) -> float:
         """Of an epoch of a study, over the shapes that its trials can have."""
@@ -177,6 +181,8 @@ class Plan:
         queue, epochs = [], 0.0
         workers = max(1, len(self.slots))
         for place, study in enumerate(self.studies):
+            if not study.trials_left:
+                continue
             begin = self.trial_seconds(study, 0)
             for number, count, left in self._left(study, pruning):
                 epochs += count * left
@@ -247,17 +253,21 @@ class Plan:
         )
 
     def checkpoint_bytes(self) -> tuple[int, int] | None:
-        """What checkpoints hold of the disk (at the end, at most while it runs), if measured."""
-        if not self.known:
+        """What checkpoints hold of the disk (at the end, at most while it runs), if measured.
+
+        Those of studies that have no trials left lie there already, and do not count.
+        """
+        left = [study for study in self.studies if study.trials_left]
+        if not (left and self.known):
             return None
         sizes = [
             max(self.samples[shape.key].checkpoint_bytes for _, shape in study.shapes)
-            for study in self.studies
+            for study in left
         ]
         if not all(sizes):
             return None
         rule = self.spec.budget.keep_checkpoints
-        counts = [{"best": 1, "none": 0}.get(rule, study.trials) for study in self.studies]
+        counts = [{"best": 1, "none": 0}.get(rule, study.trials) for study in left]
         kept = sum(count * size for count, size in zip(counts, sizes, strict=True))
         # A save writes the new one before the old one goes.
         return kept, kept + 2 * len(self.slots) * max(sizes)
@@ -316,8 +326,8 @@ class Plan:
                     "epochs_per_trial": study.epochs_per_trial,
                     "epochs_left": study.epochs_left,
                     **dataclasses.asdict(study.sizes),
-                    "epoch_seconds": self.epoch_seconds(study) if known else None,
-                    "trial_seconds": self.trial_seconds(study) if known else None,
+                    "epoch_seconds": self.epoch_seconds(study) if self.knows(study) else None,
+                    "trial_seconds": self.trial_seconds(study) if self.knows(study) else None,
                     "shapes": [
                         {
                             "shape": str(shape),
@@ -362,17 +372,22 @@ def count(
         data: its data sets.
     """
     added = add_trials
+    budgets: dict[str, int] = {}
     status, hours, epochs = None, spec.budget.hours, spec.budget.epochs_total
     if store is not None and spec.name in stored_names(store):
         sweep = stored_sweep(store, spec.name)
         status = read_status(store, sweep)
+        if spec.confirms:  # each of its studies has the runs that were enqueued there
+            budgets = {study.name: study.budget for study in sweep.studies}
         # A budget that is edited says how many there are, those added before included.
-        if sweep.spec.budget.trials == spec.budget.trials:
+        elif sweep.spec.budget.trials == spec.budget.trials:
             added += sweep.studies[0].budget - spec.budget.trials
         hours = None if hours is None else max(0.0, hours - seconds_spent(store, sweep) / 3600)
         epochs = None if epochs is None else max(0, epochs - epochs_spent(store, sweep))
     studies = [
-        _study_plan(spec, cell, size, status, spec.budget.trials + added)
+        _study_plan(
+            spec, cell, size, status, budgets.get(spec.study_name(cell), spec.budget.trials + added)
+        )
         for cell, size in zip(spec.cells, sizes, strict=True)
     ]
     return Plan(
@@ -460,7 +475,10 @@ def epoch_share(spec: SweepSpec, status: SweepStatus | None, store: BaseStorage 
             )
     if store is not None:
         for name in stored_names(store):
-            other = stored_sweep(store, name)
+            try:
+                other = stored_sweep(store, name)
+            except SpecError:  # of another version; it is in nobody's way here
+                continue
             alike = all(
                 getattr(other.spec, part) == getattr(spec, part) for part in ("pruner", "search")
             )
@@ -695,7 +713,7 @@ def plan_table(plan: Plan) -> Table:
     for column in ("trials", "done", "epochs each", "updates an epoch", "an epoch", "a trial"):
         table.add_column(column, justify="right", no_wrap=True)
     for study in plan.studies:
-        known = all(shape.key in plan.samples for _, shape in study.shapes)
+        known = plan.knows(study)
         table.add_row(
             study.name.removeprefix(f"{plan.spec.name}/"),
             str(study.trials),
@@ -735,7 +753,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{plural(slot.threads, 'thread')} each",
         f"disk:       {', '.join(disk)}",
     ]
-    if plan.known or not left:
+    if plan.known:
         lines.append(f"time:       {plan.line()}")
         if left and plan.share.value < 1:
             whole = spoken(plan.seconds(pruning=False))

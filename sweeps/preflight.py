@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,27 +15,19 @@ import optuna
 import torch
 from rich.console import Console
 
-from storage.engine import (
-    EmptyStorageError,
-    StorageError,
-    check_url,
-    close_storage,
-    open_storage,
-    sqlite_path,
-)
+from storage.engine import StorageError, check_url, close_storage
 from sweeps import plan, search
 from sweeps.config import TrialConfig, Value
 from sweeps.edits import edits
 from sweeps.errors import SpecError, SweepError
 from sweeps.launch import Slot, plan_slots
 from sweeps.objective import Objective, Sizes, dataset_identity, open_dataset
+from sweeps.progress import print_line
 from sweeps.sampling import sampling_dataset
 from sweeps.spec import SweepSpec
-from sweeps.studies import stored_names, stored_sweep
+from sweeps.studies import store_to_read, stored_names, stored_sweep
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
     from data.sources import Dataset
 
 # Settings that the splits or the models may refuse.
@@ -88,10 +81,7 @@ def load_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> Checked:
         DataError: a data set is missing or broken.
         SpecError: its splits or models cannot be made.
     """
-
-    def say(line: str) -> None:
-        err.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    say = partial(print_line, err)
     return check_data(spec, lambda config: open_dataset(config, data_dir, say))
 
 
@@ -148,7 +138,7 @@ def plan_sweep(
     with err.status("looking at the data") as shown:
         data = plan.outlines(spec, data_dir)
         checked = check_data(spec, lambda config: sampling_dataset(config, data_dir))
-        store = _reading(storage_url)
+        store = store_to_read(storage_url)
         try:
             if store is not None and spec.name in stored_names(store):
                 edits(stored_sweep(store, spec.name).spec, spec)  # refuses what start would
@@ -179,7 +169,7 @@ def estimate(
     """
     began = time.perf_counter()
     try:
-        store = _reading(storage_url)
+        store = store_to_read(storage_url)
     except StorageError:
         return None  # which opening it to write explains better
     try:
@@ -216,24 +206,13 @@ def agreed(found: plan.Plan, err: Console) -> bool:
         return True
     if not (err.is_terminal and sys.stdin.isatty()):
         return True
-    err.print(found.line(), highlight=False, markup=False, soft_wrap=True)
+    print_line(err, found.line())
     err.print("start it? [y/N] ", end="", highlight=False, markup=False)
     try:
         answer = input()
     except EOFError:
         return False
     return answer.strip().lower() in ("y", "yes")
-
-
-def _reading(storage_url: str) -> BaseStorage | None:
-    """A store to look into; None where there is none yet."""
-    file = sqlite_path(storage_url)
-    if file is not None and not file.exists():
-        return None
-    try:
-        return open_storage(storage_url, read_only=True)
-    except EmptyStorageError:
-        return None
 
 
 def device_named(name: str | None) -> torch.device:
@@ -246,6 +225,10 @@ def device_named(name: str | None) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"sweeps do not run on {device.type}")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda:0")  # `torch.cuda.set_device` wants the number
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -18,6 +18,11 @@ from sweeps.config import Value, written
 from sweeps.status import OUTCOMES, SweepStatus, TrialStatus
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is: nothing in it is Rich's markup, and a narrow terminal breaks none."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class View(Protocol):
     """Shows a sweep's state as it changes."""
 
@@ -68,7 +73,7 @@ class PlainView:
 
     def say(self, line: str) -> None:
         """Print one line, whole."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, line)
 
 
 class JsonView:
@@ -156,7 +161,7 @@ class LiveView:
 
     def say(self, line: str) -> None:
         """Print one line above the view."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, line)
 
     def _time_left(self, done: float, total: int) -> str:
         """By the speed since this run began; what earlier runs did must not count into it."""

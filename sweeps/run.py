@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
 from storage.engine import (
+    EmptyStorageError,
     StorageError,
     check_url,
     close_storage,
@@ -38,7 +40,7 @@ from sweeps.objective import (
     prepare_process,
 )
 from sweeps.preflight import agreed, device_named, estimate, load_data
-from sweeps.progress import open_view
+from sweeps.progress import open_view, print_line
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
 from sweeps.status import SweepStatus, TrialStatus, read_status
@@ -98,7 +100,7 @@ def run_sweep(
         return done_code(done, err)
     place.prepare(
         storage_url,
-        lambda line: err.print(line, highlight=False, markup=False, soft_wrap=True),
+        partial(print_line, err),
     )
     checked = load_data(spec, data_dir, err)
     found = None
@@ -125,7 +127,10 @@ def run_sweep(
     close_storage(store, storage_url)
     if status is not None:
         print_answer(status, storage_url, again, out)
+        # Those of a confirmation stand in its sweep's report.
         if status.done:
+            code = done_code(status, err)
+        if status.done and not status.confirms:
             _keep_figures(spec.name, storage_url, err)
     return code
 
@@ -155,7 +160,8 @@ def run_to_end(
 
     Returns:
         The exit status, as of `run_sweep`, and the sweep's state then; None if the wait for the
-        store was interrupted.
+        store was interrupted. It is 0 where the sweep is done: what that is worth, `done_code`
+        says, after the answer.
     """
     began = datetime.now()
     watcher = open_storage(storage_url, read_only=True)
@@ -168,11 +174,9 @@ def run_to_end(
     requests_before = status.stop_requests
     left = sum(study.budget - study.finished for study in status.studies)
     slots = place.plan(workers, spec.workers.threads, left)
-    err.print(
-        _opening(status, storage_url, len(slots)), highlight=False, markup=False, soft_wrap=True
-    )
+    print_line(err, _opening(status, storage_url, len(slots)))
     if found is not None and not status.done:
-        err.print(found.line(), highlight=False, markup=False, soft_wrap=True)
+        print_line(err, found.line())
     code = 0
     if not status.done:
         try:
@@ -180,10 +184,7 @@ def run_to_end(
                 spec.name, store, storage_url, data_dir, place, slots, read, err, requests_before
             )
         except StopRequestedError as stopping:
-            err.print(
-                f"sweep: {stopping}; what runs goes on at the next start",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+            print_line(err, f"sweep: {stopping}; what runs goes on at the next start")
             return 130, None
     if found is not None:
         with_retries(
@@ -192,7 +193,7 @@ def run_to_end(
     status = with_retries(lambda: read_answer(watcher, stored_sweep(watcher, spec.name)))
     close_storage(watcher, storage_url)
     if status.done:
-        return done_code(status, err), status
+        return 0, status
     return 130 if status.stop_requests != requests_before else code, status
 
 
@@ -213,32 +214,32 @@ def _keep_figures(name: str, storage_url: str, err: Console) -> None:
         # The answer stands above, and `sweep report` saves them too.
         if not (isinstance(error, SweepError | StorageError) or is_transient(error)):
             raise
-        err.print(f"sweep: {reason(error)}", highlight=False, markup=False, soft_wrap=True)
+        print_line(err, f"sweep: {reason(error)}")
 
 
 def done_code(status: SweepStatus, err: Console) -> int:
     """The exit status of a sweep that has met its budget: 1 if a study has failed trials only."""
     hopeless = [s.name for s in status.studies if s.finished and s.count("failed") == s.finished]
     if hopeless:
-        err.print(
-            f"sweep: every trial failed in {', '.join(hopeless)}; the reasons stand above",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+        print_line(
+            err, f"sweep: every trial failed in {', '.join(hopeless)}; the reasons stand above"
+        )
     return 1 if hopeless else 0
 
 
 def _already_done(spec: SweepSpec, storage_url: str) -> SweepStatus | None:
     """The state of a sweep that has nothing left to run: it is answered without its images."""
     file = sqlite_path(storage_url)
-    served = is_grpc(storage_url)
-    if not served and (file is None or not file.exists()):
+    if file is not None and not file.exists():
         return None
     try:
         store = open_storage(storage_url, read_only=True)
+    except EmptyStorageError:
+        return None
     except StorageError:
-        if served:
+        if file is None:
             raise  # before the data set is loaded
-        return None  # nothing there yet, or a fault that opening it to write explains better
+        return None  # a fault that opening it to write explains better
     try:
         if spec.name not in stored_names(store):
             return None
@@ -293,11 +294,11 @@ def _run_workers(
         return 130
     status = read()
     if not status.done and status.stop_requests == requests_before:
-        err.print(
+        print_line(
+            err,
             f"sweep: workers ended with status {', '.join(map(str, codes))} before the budget "
             "was met; what they said stands above",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+        )
     return 1
 
 
@@ -403,7 +404,7 @@ def stop_sweep(name: str, storage_url: str, *, wait: float, err: Console) -> int
         line = f"{name}: stopped; {done} went back to the queue; sweep start {name} goes on"
         if not asked:
             line = f"{name}: no trial was running; workers that wait will end"
-    err.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_line(err, line)
     return 1 if left else 0
 
 
@@ -472,7 +473,7 @@ def print_edits(changed: list[Edit], name: str, err: Console) -> None:
     """Say what differs from the settings that a sweep was begun with."""
     if changed:
         lines = [f"{name} was begun with other settings; from now on:", *map(str, changed)]
-        err.print("\n  ".join(lines), highlight=False, markup=False, soft_wrap=True)
+        print_line(err, "\n  ".join(lines))
 
 
 def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
@@ -493,7 +494,7 @@ def print_answer(status: SweepStatus, storage_url: str, again: str, out: Console
     out.print()
     out.print(answer_table(status))
     for line in (*outcome_lines(status), disk_line(status.name, storage_url)):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(out, line)
     where = shlex.join(["--storage", shown_url(storage_url)])
     lines = {
         "look again": f"sweep status {status.name} {where}",
@@ -504,4 +505,4 @@ def print_answer(status: SweepStatus, storage_url: str, again: str, out: Console
         lines = {"go on": again.replace(storage_url, shown_url(storage_url)), **lines}
     out.print()
     for label, command in lines.items():
-        out.print(f"{label + ':':<12}{command}", highlight=False, markup=False, soft_wrap=True)
+        print_line(out, f"{label + ':':<12}{command}")

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import socket
 import statistics
 import subprocess
@@ -84,6 +85,9 @@ STARTUP_SECONDS = 6.0
 
 MAX_RUNS = 20
 """Trials after which a measurement is given up that has not seen one update end."""
+
+LEFT_SECONDS = 86400.0
+"""A folder to measure in that is older than this is nobody's any more."""
 
 FRESH_DAYS = 30
 """A kept measurement older than this is not used: drivers and neighbours change."""
@@ -514,10 +518,7 @@ class Samplers:
         self._startup: float | None = None
 
     def __enter__(self) -> Samplers:
-        # Beside the decoded data sets: on a disk like the store's rather than in memory.
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="plan-", dir=cache_dir())
-        self._folder = Path(self._stack.enter_context(folder))
+        self._folder = Path(self._stack.enter_context(_throwaway_folder()))
         self._store = open_storage(f"sqlite:///{self._folder / 'sweep.db'}")
         self._began = time.perf_counter()
         for slot in self._slots:
@@ -546,9 +547,15 @@ class Samplers:
             spec,
             name=name,
             cells=({**shape.cell, **shape.pinned},),
-            search={n: space for n, space in spec.search.items() if n not in shape.pinned},
+            # Only a confirmation searches seeds; which one it is does not show in the time.
+            search={
+                n: space
+                for n, space in spec.search.items()
+                if n not in shape.pinned and n != "seed"
+            },
             tries=(),
             budget=Budget(trials=10**6, seeds=spec.budget.seeds, keep_checkpoints="none"),
+            confirms="",
         )
         create_or_resume(self._store, alone, ["made"])
         request = {"sweep": name, "seconds": seconds, "config": shape.config.as_dict()}
@@ -602,6 +609,22 @@ class Samplers:
             return {"error": f"a sampling process ended with status {process.wait()}"}
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _throwaway_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder for the store that is measured with, and an end to what others have left."""
+    # Beside the decoded data sets: on a disk like the store's rather than in memory.
+    cache = cache_dir()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # One that was ended by a signal has left its own.
+        for left in cache.glob("plan-*"):
+            with contextlib.suppress(FileNotFoundError):  # another has seen to it
+                if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+        return tempfile.TemporaryDirectory(prefix="plan-", dir=cache)
+    except OSError:  # it cannot be written, and nothing is to stay there
+        return tempfile.TemporaryDirectory(prefix="sweep-plan-")
 
 
 class _SamplingWorker(Worker):

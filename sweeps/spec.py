@@ -339,11 +339,31 @@ def load(
         # A mistake in it shows now, not when somebody is in a hurry.
         load(name, quick=True)
     table.pop("quick", None)
+    return _overridden(table, overrides, rename or found)
+
+
+def changed(spec: SweepSpec, overrides: Sequence[str] = (), rename: str | None = None) -> SweepSpec:
+    """A spec that a store has, with other values.
+
+    Args:
+        spec: of the stored sweep.
+        overrides: as of `load`.
+        rename: call the sweep this instead.
+
+    Raises:
+        SpecError: if an override is wrong, or it is a confirmation, which nobody writes.
+    """
+    table = copy.deepcopy(spec.as_dict())
+    name = table.pop("name")
+    return _overridden(table, overrides, rename or name)
+
+
+def _overridden(table: dict[str, Any], overrides: Sequence[str], name: str) -> SweepSpec:
     for text in overrides:
         _override(table, text)
     if any(text.lstrip().startswith("each") for text in overrides):
         _drop_tries_without_study(table)
-    return SweepSpec.from_table(table, name=rename or found)
+    return SweepSpec.from_table(table, name=name)
 
 
 def read_table(name: str) -> tuple[dict[str, Any], str]:

@@ -77,6 +77,26 @@ class StoredSweep:
     marks: Mapping[str, Any] = field(compare=False)
 
 
+def store_to_read(storage_url: str) -> BaseStorage | None:
+    """A store to look into; None where there is none yet.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    from storage.engine import EmptyStorageError, open_storage, sqlite_path
+
+    file = sqlite_path(storage_url)
+    if file is not None and not file.exists():
+        return None
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return open_storage(storage_url, read_only=True)
+    except EmptyStorageError:
+        return None
+
+
 def stored_names(store: BaseStorage) -> list[str]:
     """The names of the sweeps that a store holds, sorted; other studies are left out."""
     return sorted(name for name, parts in _parts(store).items() if _is_whole(parts))

@@ -172,6 +172,8 @@ def test_from_a_sweep_to_its_confirmation(tmp_path: Path) -> None:
     assert float(row["confirmed"]) == pytest.approx(sum(values) / 3)
     assert row["confirmed_runs"] == "3"
     # Whoever looks at it is told the same.
+    watched = run("status", "tiny", "--watch", "--json", cwd=tmp_path)
+    assert json.loads(watched.stdout)["confirmation"]["seeds"] == [2, 3, 4]
     assert f"{sum(values) / 3:.4f} [" in run("status", "tiny-confirm", cwd=tmp_path).stdout
 
 
@@ -411,6 +413,41 @@ def test_what_a_kill_leaves_of_a_creation_is_completed(
         assert runs(tmp_path, f"tiny-confirm/norm={norm}") == [(0.1, 1), (0.1, 2)]
 
 
+def test_a_creation_that_was_cut_short_in_its_first_study_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.6)
+    real: Callable[..., None] = optuna.storages._CachedStorage.set_study_user_attr
+
+    class Killed(BaseException):
+        pass
+
+    def before_spec(*args: Any, **more: Any) -> None:
+        if "sweep_spec" in (*args, *more.values()):
+            raise Killed
+        real(*args, **more)
+
+    monkeypatch.setattr(optuna.storages._CachedStorage, "set_study_user_attr", before_spec)
+    with pytest.raises(Killed):
+        confirm(store)
+    monkeypatch.undo()
+    assert "tiny-confirm" in [study.study_name for study in store.get_all_studies()]
+    confirm(store)
+    assert runs(tmp_path) == [(0.1, 1), (0.1, 2)]
+
+
+def test_a_study_of_somebody_elses_under_its_name_is_refused(tmp_path: Path) -> None:
+    spec = make_spec()
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.6)
+    theirs = optuna.create_study(storage=store, study_name="tiny-confirm", direction="maximize")
+    theirs.set_user_attr("mine", True)
+    with pytest.raises(SweepError, match=r"a study 'tiny-confirm' that is not of this sweep"):
+        confirm(store)
+
+
 def test_what_cannot_be_confirmed_is_refused(tmp_path: Path) -> None:
     spec = make_spec(train={"norm": None}, each={"norm": ["group", "layer"]})
     store = begin(tmp_path, spec)
@@ -539,6 +576,33 @@ def test_confirmed_is_told_as_confirmed_and_unconfirmed_as_unconfirmed(tmp_path:
     assert any(s.startswith("Unconfirmed") for s in study_sentences(later, later.studies[0]))
 
 
+def test_a_confirmation_that_is_not_done_says_so(tmp_path: Path) -> None:
+    spec = make_spec(train={"epochs": 1}, budget={"trials": 2})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    complete(store, spec, 0.05, 0.7, label="known")
+    confirm(store, seeds=2)
+    finish(store, {(0.1, 1): 0.8, (0.05, 1): 0.7, (0.1, 2): 0.81, (0.05, 2): 0.71})
+    confirm(store, seeds=3)
+    found = read_findings(store, stored_sweep(store, "tiny"))
+    assert "Confirmed so far (2 of 3 runs), on the test images" in headline(found)
+    sentences = study_sentences(found, found.studies[0])
+    assert sum("Confirmed so far (2 of 3 runs): 0." in s for s in sentences) == 2
+    known = confirmation(store).studies[0].settings[1]
+    assert known.versus is not None
+
+
+def test_one_pair_is_no_comparison(tmp_path: Path) -> None:
+    spec = make_spec(train={"epochs": 1}, budget={"trials": 2})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    complete(store, spec, 0.05, 0.7, label="known")
+    confirm(store, seeds=2)
+    finish(store, {(0.1, 1): 0.8, (0.05, 1): 0.7, (0.1, 2): 0.81, (0.05, 2): "failed"})
+    known = confirmation(store).studies[0].settings[1]
+    assert known.versus is None
+
+
 def test_a_sweep_on_the_test_images_says_that_they_took_part(tmp_path: Path) -> None:
     spec = make_spec(train={"epochs": 1, "validation": "test", "validation_fraction": None})
     store = begin(tmp_path, spec)
@@ -549,6 +613,28 @@ def test_a_sweep_on_the_test_images_says_that_they_took_part(tmp_path: Path) -> 
     assert all(r.accuracy == r.validation_accuracy for r in best.runs)
     found = read_findings(store, stored_sweep(store, "tiny"))
     assert any("taken part in the choice" in note for note in notes(found))
+
+
+def test_a_run_that_failed_is_tried_once_more(tmp_path: Path) -> None:
+    spec = make_spec(train={"epochs": 1})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    confirm(store, seeds=3)
+    finish(store, {(0.1, 1): 0.8, (0.1, 2): "failed", (0.1, 3): "failed"})
+    found = read_findings(store, stored_sweep(store, "tiny"))
+    assert any("2 runs failed and are left out" in note for note in notes(found))
+    confirm(store, seeds=3)
+    assert runs(tmp_path) == [(0.1, 1), (0.1, 2), (0.1, 3), (0.1, 2), (0.1, 3)]
+    assert confirmation(store).count("queued") == 2
+    finish(store, {(0.1, 2): 0.82, (0.1, 3): "failed"})
+    confirm(store, seeds=3)
+    assert len(runs(tmp_path)) == 5
+    found = read_findings(store, stored_sweep(store, "tiny"))
+    assert any("1 run failed and is left out" in note for note in notes(found))
+    (best,) = confirmation(store).studies[0].settings
+    assert [run.outcome for run in best.runs] == ["complete", "complete", "failed"]
+    assert best.estimate is not None
+    assert best.estimate.count == 2
 
 
 def test_a_confirmation_picks_no_best_run(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import begin, make_spec, make_worker, url
+from helpers import begin, begin_at, make_spec, make_worker, url
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
@@ -20,6 +20,7 @@ from test_storage import write_lock
 from storage.engine import READ_ONLY_OPTION, is_reading, open_storage, sql_engine
 from storage.trial_table import TrialTable
 from storage.trials import TrialQueue, enqueue
+from sweeps.run import _already_done
 
 SPACE: dict[str, Any] = {
     "lr": FloatDistribution(1e-3, 1.0, log=True),
@@ -207,3 +208,15 @@ def test_rows_are_renewed_in_databases_without_an_upsert_of_their_own(tmp_path: 
     assert trial.intermediate_values == {1: 0.5}
     assert trial.system_attrs["curves"] == [1]
     assert (trial.value, trial.user_attrs) == (0.75, {"a": 1})
+
+
+def test_a_sweep_that_is_done_is_answered_before_its_images_are_loaded(store_url: str) -> None:
+    spec = make_spec(search={}, budget={"trials": 1})
+    assert _already_done(spec, store_url) is None
+    store = begin_at(store_url, spec)
+    assert _already_done(spec, store_url) is None
+    study = optuna.load_study(storage=store, study_name="tiny")
+    study.add_trial(create_trial(value=0.5, user_attrs={"outcome": "complete"}))
+    status = _already_done(spec, store_url)
+    assert status is not None
+    assert status.done

@@ -1,5 +1,6 @@
 """Budgets of time and epochs, requests to stop, and what a finished trial leaves on disk."""
 
+import json
 import re
 import signal
 import subprocess
@@ -243,3 +244,25 @@ def test_sigterm_in_a_long_update_ends_the_worker_and_puts_its_trial_back(tmp_pa
         worker.wait()
     (trial,) = trials(tmp_path)
     assert trial.state == TrialState.WAITING
+
+
+def test_a_stored_sweep_is_changed_by_its_name_alone(tmp_path: Path) -> None:
+    begin(tmp_path, make_spec(each={"norm": ["group", "layer"]}, train={"norm": None}))
+
+    def shown(*arguments: str) -> dict[str, Any]:
+        done = run("show", "tiny", *arguments, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    before = shown()
+    changed = shown("--set", "hours=2", "--set", "search.peak_lr.high=0.5")
+    assert changed["budget"] == {**before["budget"], "hours": 2.0}
+    assert changed["search"]["peak_lr"]["high"] == 0.5
+    assert {k: changed[k] for k in ("name", "train", "each")} == {
+        k: before[k] for k in ("name", "train", "each")
+    }
+    assert shown("--name", "other") == {**before, "name": "other"}
+    wrong = run("show", "tiny", "--set", "norm=fixup", cwd=tmp_path)
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "norm is enumerated by [each]" in wrong.stderr

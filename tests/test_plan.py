@@ -12,18 +12,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from helpers import Command, begin, command, environment, make_spec, run, trials, write_spec
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
 from data.sources import DataError, load_dataset, made_dataset, outline
 from storage.trials import TrialQueue
+from sweeps import search
 from sweeps import spec as specs
+from sweeps.confirm import enqueue_runs
+from sweeps.errors import SpecError, SweepError
 from sweeps.launch import Slot
 from sweeps.objective import Objective, Sizes
-from sweeps.plan import DAY, Plan, count, epoch_share, spoken
-from sweeps.sampling import Sample, keep_sample, kept_sample, key_of, measure_here, shapes
+from sweeps.plan import DAY, Plan, count, epoch_share, plan_lines, plan_table, spoken, unmeasured
+from sweeps.preflight import device_named
+from sweeps.sampling import (
+    Sample,
+    _throwaway_folder,
+    keep_sample,
+    kept_sample,
+    key_of,
+    measure_here,
+    shapes,
+)
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES, OUTCOME
 from sweeps.studies import stored_sweep
@@ -41,9 +56,15 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def plan_of(spec: SweepSpec, *, workers: int = 1, sample: Sample | None = SAMPLE) -> Plan:
+def plan_of(
+    spec: SweepSpec,
+    *,
+    workers: int = 1,
+    sample: Sample | None = SAMPLE,
+    store: BaseStorage | None = None,
+) -> Plan:
     planned = count(
-        spec, [SIZES] * len(spec.cells), None, slots=lambda left: [Slot("cpu", 1)] * workers
+        spec, [SIZES] * len(spec.cells), store, slots=lambda left: [Slot("cpu", 1)] * workers
     )
     if sample is None:
         return planned
@@ -117,6 +138,27 @@ def test_images_are_those_that_a_trial_trains_on(train: dict[str, Any], images: 
     batches = objective._batches(config, 0)
     assert batches.updates_per_epoch == sizes.updates_per_epoch
     assert sum(len(batch.labels) for batch in batches.epoch(0)) == images
+
+
+def test_a_study_that_is_done_needs_no_measurement() -> None:
+    spec = make_spec(each={"norm": ["group", "fixup"]}, train={"norm": None})
+    whole = plan_of(spec)
+    group, fixup = whole.studies
+    group = dataclasses.replace(group, finished=3, open=[], fresh=range(3, 3))
+    ((_, shape),) = fixup.shapes
+    one = dataclasses.replace(whole, studies=[group, fixup], samples={shape.key: SAMPLE})
+    assert not unmeasured(one)
+    assert one.as_dict()["seconds"] == 3 * 7 + 5
+    assert one.as_dict()["disk"]["checkpoint_bytes"] == 100
+    assert [study["epoch_seconds"] for study in one.as_dict()["studies"]] == [None, 2.0]
+    assert any("time:" in line and "about 26 s" in line for line in plan_lines(one))
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(plan_table(one))
+    assert "–" in shown.get()
+    none = dataclasses.replace(one, studies=[group], samples={})
+    assert none.as_dict()["seconds"] == 0
+    assert none.line() == "nothing is left to run"
 
 
 def test_a_huge_budget_is_counted_without_being_listed() -> None:
@@ -266,6 +308,26 @@ def test_plan_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "cache").iterdir()} <= {"decoded", "speeds"}
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder", encoding="utf-8")
+    write_spec(tmp_path / "tiny.toml")
+    found = planned(tmp_path, "tiny.toml", "--workers", "1", "--seconds", "0.2")
+    assert found["problems"] == []
+    assert found["seconds"] > 0
+
+
+def test_what_a_killed_plan_has_left_is_swept_away(tmp_path: Path) -> None:
+    old, new = (tmp_path / "cache" / name for name in ("plan-old", "plan-new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "sweep.db").touch()
+    os.utime(old, (0, 0))
+    with _throwaway_folder() as folder:
+        assert Path(folder).parent == tmp_path / "cache"
+        assert not old.exists()
+        assert new.exists()
+
+
 def test_what_the_store_holds_is_subtracted(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", budget={"trials": 2}, pruner={"type": "MedianPruner"})
     assert run_here("start", "tiny.toml", cwd=tmp_path).returncode == 0
@@ -298,6 +360,42 @@ def test_pruning_is_taken_from_the_stores_own_trials(tmp_path: Path) -> None:
     assert "like it" in alike["epoch_share_from"]
 
 
+def test_a_sweep_of_another_version_does_not_stand_in_the_way_of_others(tmp_path: Path) -> None:
+    pruner = {"type": "MedianPruner"}
+    store = begin(tmp_path, make_spec("newer", pruner=pruner))
+    (study,) = stored_sweep(store, "newer").studies
+    unknown = {**make_spec("newer").as_dict(), "train": {"of_another_version": 1}}
+    store.set_study_user_attr(study.study_id, "sweep_spec", unknown)
+    with pytest.raises(SpecError, match="of_another_version"):
+        stored_sweep(store, "newer")
+    found = plan_of(make_spec(pruner=pruner), store=store)
+    assert found.share.whence.startswith("assumed")
+
+
+def test_a_confirmation_is_planned_with_the_runs_of_each_study(tmp_path: Path) -> None:
+    spec = make_spec(train={"norm": None, "epochs": 1}, each={"norm": ["group", "layer"]})
+    store = begin(tmp_path, spec)
+    for norm, found in (("group", [0.1, 0.2]), ("layer", [0.1])):
+        study = optuna.load_study(storage=store, study_name=f"tiny/norm={norm}")
+        for lr in found:
+            study.add_trial(
+                create_trial(
+                    value=lr,
+                    params={"peak_lr": lr},
+                    distributions=search.distributions(spec.search),
+                    intermediate_values={1: lr},
+                    user_attrs={OUTCOME: "complete"},
+                )
+            )
+    fingerprints = [study.fingerprint for study in stored_sweep(store, "tiny").studies]
+    enqueue_runs(store, "tiny", fingerprints, top=2, seeds=2)
+    found = planned(tmp_path, "tiny-confirm", "--seconds", "0.5", "--workers", "1")
+    assert found["problems"] == []
+    assert found["seconds"] > 0
+    assert [study["trials"] for study in found["studies"]] == [4, 2]
+    assert found["remaining"]["trials"] == 6
+
+
 def test_plan_says_what_would_be_downloaded(tmp_path: Path) -> None:
     done = run_here(
         "plan", "norms-noniid", "--seconds", "0", "--data-dir", str(tmp_path / "data"), cwd=tmp_path
@@ -308,6 +406,15 @@ def test_plan_says_what_would_be_downloaded(tmp_path: Path) -> None:
     assert "7 trials, 2,100 epochs" in done.stdout
     assert not (tmp_path / "data").exists()
     assert not (tmp_path / "sweep.db").exists()
+
+
+def test_devices_are_named_as_they_can_be_used() -> None:
+    assert device_named("cpu") == torch.device("cpu")
+    for name in ("meta", "mps", "nonsense"):
+        with pytest.raises(SweepError, match=f"device '{name}' cannot be used"):
+            device_named(name)
+    if torch.cuda.is_available():
+        assert device_named("cuda") == torch.device("cuda:0")
 
 
 def test_a_device_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:

@@ -515,3 +515,21 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
     assert "@import" not in page
     assert "url(" not in page
+
+
+def test_axes_say_which_images_an_accuracy_is_measured_on(tmp_path: Path) -> None:
+    held = findings(known_sweep(tmp_path))
+    spec = known_spec("scored", train={"validation": "test", "validation_fraction": None})
+    store = create(tmp_path, spec)
+    for cell in (0, 1):
+        params = {"peak_lr": 0.1, "warmup_epochs": 0.0}
+        add(store, spec, cell, "complete", [0.2, 0.3, 0.5, 0.6], params)
+    test = findings(store, "scored")
+
+    def named(*sweeps: Findings) -> set[str]:
+        texts = (json.dumps(figure.as_dict()) for figure in make_figures(list(sweeps)))
+        return set(re.findall(r'"text": "([a-z ]*accuracy)"', " ".join(texts)))
+
+    assert named(held) == {"validation accuracy"}
+    assert named(test) == {"test accuracy"}
+    assert "accuracy" in named(held, test)

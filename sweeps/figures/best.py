@@ -65,7 +65,7 @@ def best_by_axis(entries: list[Entry]) -> Figure | None:
     traces: list[dict[str, Any]] = []
     for number, (name, line) in enumerate(lines.items()):
         traces += _line(name, number, line, positions, floor, joined=axis is not None)
-    scores = score_axis(floor, top)
+    scores = score_axis(entries, floor, top)
     if axis is not None:
         x, height = _axis_of(axis, [positions[e.index] for e in entries]), 420
         layout = make_layout(x=x, y=scores, height=height)

@@ -69,7 +69,7 @@ def optimization_history(entries: list[Entry]) -> Figure | None:
         traces += _best_so_far(entry)
         layout = make_layout(
             x={"title": {"text": "trial"}},
-            y=score_axis(floor, top),
+            y=score_axis([entry], floor, top),
             height=340,
         )
         panels.append(Panel(entry.name, make_plot(traces, layout), entry.study.status.name))

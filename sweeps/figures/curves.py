@@ -16,6 +16,7 @@ from sweeps.figures.parts import (
     make_layout,
     make_plot,
     plain,
+    score_title,
 )
 
 
@@ -72,7 +73,7 @@ def validation_curves(entries: list[Entry]) -> Figure | None:
             )  # fmt: skip
     layout = make_layout(
         x={"title": {"text": "epoch"}, "rangemode": "tozero"},
-        y={"title": {"text": "validation accuracy"}},
+        y={"title": {"text": score_title(shown[:MAX_STUDIES])}},
         height=440,
     )
     return Figure(

@@ -263,10 +263,22 @@ def bounds(trials: Iterable[TrialStatus], others: Iterable[float] = ()) -> tuple
     return low - pad, high + pad
 
 
-def score_axis(floor: float, top: float) -> dict[str, Any]:
-    """An axis of accuracies whose lower edge leaves room for marks on it."""
+def score_axis(entries: Sequence[Entry], floor: float, top: float) -> dict[str, Any]:
+    """An axis of accuracies whose lower edge leaves room for marks on it.
+
+    Args:
+        entries: the studies that are drawn on it.
+        floor, top: as `bounds` gives them.
+    """
     bottom = floor - 0.03 * (top - floor)
-    return {"title": {"text": "validation accuracy"}, "range": [bottom, top]}
+    return {"title": {"text": score_title(entries)}, "range": [bottom, top]}
+
+
+def score_title(entries: Sequence[Entry]) -> str:
+    """What an axis of accuracies is called, by the images that scored the studies' trials."""
+    names = {"holdout": "validation accuracy", "test": "test accuracy"}
+    found = {names[entry.study.status.validation] for entry in entries}
+    return found.pop() if len(found) == 1 else "accuracy"
 
 
 def plain(text: str) -> str:

@@ -61,7 +61,7 @@ def accuracy_by_setting(entries: list[Entry]) -> Figure | None:
             traces += _slice_points(entry, trials, name, choices, floor, (place, len(drawn)))
         layout = make_layout(
             x=_searched_axis(name, space, choices),
-            y=score_axis(floor, top),
+            y=score_axis(drawn, floor, top),
             height=360,
         )
         panels.append(Panel(name, make_plot(traces, layout)))
