@@ -1,5 +1,6 @@
 """What README.md tells people to type is something that works."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from helpers import run, write_spec
+from helpers import Command, run, write_spec
 from PIL import Image
 
 from models import build_model
@@ -84,11 +85,15 @@ def test_every_page_is_in_the_readme_and_every_link_leads_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+ENDLESS = ("serve", "dashboard")
+"""Commands that do not end by themselves."""
+
+
 def run_page(name: str, cwd: Path, change: Callable[[str], str] = lambda line: line) -> None:
-    """Run every command of a page, in its order."""
+    """Run every command of a page, in its order, but for those that do not end."""
     lines = [shlex.join(line) for page, line in PAGE_LINES if page == name]
     assert lines
-    for line in lines:
+    for line in [line for line in lines if line.split()[0] not in ENDLESS]:
         arguments = shlex.split(change(line))
         target = arguments[arguments.index(">") + 1] if ">" in arguments else None
         done = run(*(arguments[: arguments.index(">")] if target else arguments), cwd=cwd)
@@ -125,6 +130,35 @@ def test_the_commands_of_own_data_run(tmp_path: Path) -> None:
 
     (tmp_path / "elsewhere").symlink_to(tmp_path / "photos")
     run_page("own-data-and-model.md", tmp_path, small)
+
+
+def test_the_commands_of_move_run(tmp_path: Path) -> None:
+    write_spec(tmp_path / "my-sweep.toml", budget={"trials": 2}, train={"epochs": 1})
+    begun = run("start", "my-sweep.toml", cwd=tmp_path)
+    assert begun.returncode == 0, begun.stderr
+    run_page("move.md", tmp_path)
+    assert (tmp_path / "runs.db").exists()
+
+
+def test_the_commands_of_serve_run(tmp_path: Path) -> None:
+    pytest.importorskip("grpc", reason="gRPC is not installed")
+    write_spec(tmp_path / "my-sweep.toml", budget={"trials": 2}, train={"epochs": 1})
+    local = "sqlite:///sweep.db"
+    begun = run("start", "my-sweep.toml", "--set", "budget.epochs_total=1", cwd=tmp_path)
+    assert begun.returncode == 0, begun.stderr
+    with Command("serve", "--storage", local, "--port", "0", cwd=tmp_path) as server:
+        found = re.search(r"grpc://127\.0\.0\.1:(\d+);", server.line("serving"))
+        assert found is not None
+
+        def to_it(line: str) -> str:
+            return line.replace("13000", found[1])
+
+        run_page("serve.md", tmp_path, to_it)
+        address = f"grpc://localhost:{found[1]}"
+        with Command("dashboard", "--storage", address, "--port", "0", cwd=tmp_path) as dashboard:
+            assert "http://" in dashboard.line("http://")
+    done = run("status", "my-sweep", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["studies"][0]["counts"]["complete"] == 2
 
 
 def test_the_network_of_ones_own_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

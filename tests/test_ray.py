@@ -1,6 +1,8 @@
 """Workers on a real Ray cluster of this machine, as `sweep start --on ray` places them."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -181,6 +183,21 @@ def test_ctrl_c_on_a_cluster_of_its_own_leaves_all_to_be_gone_on_with(tmp_path: 
     finished = trials(tmp_path)
     assert [t.state for t in finished] == [TrialState.COMPLETE]
     assert all(finished[0].intermediate_values[step] == value for step, value in kept.items())
+
+
+@needs_ray
+def test_the_pages_commands_run(tmp_path: Path, cluster: Any) -> None:
+    """Those that need no GPU, on the cluster of the tests."""
+    page = (Path(__file__).parent.parent / "docs" / "ray.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^sweep (start .*?) *(?:#.*)?$", page, flags=re.M)
+    ran = [line for line in lines if "--gpus-per-worker" not in line]
+    assert len(ran) >= 2
+    for index, line in enumerate(ran):
+        write_spec(tmp_path / f"tiny{index}.toml", budget={"trials": 1}, train={"epochs": 1})
+        here = line.replace("fixup-largebatch", f"tiny{index}.toml")
+        here = re.sub(r"--on ray(=\S+)?", f"--on ray={cluster.address}", here)
+        done = run(*shlex.split(here), cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
 
 
 @pytest.mark.parametrize(
