@@ -159,7 +159,7 @@ class Server:
         socket_dir = str(self._database.get_postmaster_info().socket_dir)
         call += ["--heapallindexed", "-h", socket_dir, "-U", "postgres", "-d", "postgres"]
         done = subprocess.run(call, capture_output=True, text=True, check=False)
-        if "amcheck\" is not available" in done.stderr:
+        if 'amcheck" is not available' in done.stderr:
             return "not checked: this PostgreSQL has no amcheck"
         return "" if done.returncode == 0 else done.stdout + done.stderr
 
