@@ -39,13 +39,13 @@ class DeviceBatchNorm2d(nn.Module):
     ``running_var`` are ``[D, C]``, one exponential average per device (weight ``momentum`` for the
     new value, unbiased variance, as in PyTorch). Scale starts at one and shift at zero.
 
-    Evaluation has one model, so it normalises by an aggregate over all D devices:
+    Evaluation has one model, so it normalises by an aggregate over the devices d that have trained:
 
     * ``"mean"``: ``mean_d(mu_d)`` and ``mean_d(var_d)``, what a server gets by averaging buffers;
     * ``"total"``: the variance is ``mean_d(var_d) + var_d(mu_d)`` (biased over devices), that of
       the pooled data by the law of total variance.
 
-    A device that never trained takes part with its initial mean 0 and variance 1.
+    Before any has, it is the initial mean 0 and variance 1.
     """
 
     running_mean: Tensor
@@ -79,10 +79,14 @@ class DeviceBatchNorm2d(nn.Module):
 
     def aggregated_statistics(self) -> tuple[Tensor, Tensor]:
         """Return the mean and variance used for evaluation, both ``[C]``."""
-        mean = self.running_mean.mean(dim=0)
-        var = self.running_var.mean(dim=0)
+        means, variances = self.running_mean, self.running_var
+        # The first batch of a device moves its variances away from exactly one.
+        trained = (variances != 1).any(dim=1)
+        if trained.any():
+            means, variances = means[trained], variances[trained]
+        mean, var = means.mean(dim=0), variances.mean(dim=0)
         if self.batch_statistics == "total":
-            var = var + self.running_mean.var(dim=0, correction=0)
+            var = var + means.var(dim=0, correction=0)
         return mean, var
 
     def forward(self, x: Tensor, blocks: DeviceBlocks | None = None) -> Tensor:

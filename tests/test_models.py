@@ -405,6 +405,17 @@ def test_aggregated_statistics_by_hand(statistics: str, variance: float) -> None
     torch.testing.assert_close(layer(x).flatten(), expected)
 
 
+@pytest.mark.parametrize("statistics", ["mean", "total"])
+def test_devices_that_never_trained_have_no_part_in_evaluation(statistics: str) -> None:
+    x = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    of_two = DeviceBatchNorm2d(2, 2, batch_statistics=statistics)
+    of_many = DeviceBatchNorm2d(2, 100, batch_statistics=statistics)
+    assert [s.tolist() for s in of_many.aggregated_statistics()] == [[0.0, 0.0], [1.0, 1.0]]
+    of_two(x, ((None, 4),))
+    of_many(x, device_blocks([([91, 17], 4)]))
+    torch.testing.assert_close(of_many.eval()(x), of_two.eval()(x))
+
+
 def test_total_statistics_are_those_of_the_pooled_samples() -> None:
     layer = DeviceBatchNorm2d(2, 3, batch_statistics="total", momentum=1.0).double()
     x = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -72,7 +72,7 @@ devices take part, kept by them. Averaged, FedAvg with H = 1 and uniform weights
 
 Batch Normalization's running statistics stay with their devices, and with those that sit a round
 out they stay as they are. They have no part in training, and the model aggregates them for
-evaluation by their plain mean; where all devices take part that is the same number whether or
+evaluation by the plain mean over those that trained; where all take part it is the same whether or
 not they are also averaged in between, as they are exponential averages.
 """
 
