@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.trial import TrialState
 from rich.console import Console
 
 from storage.engine import check_url, close_storage, exclusive, open_storage
+from storage.overview import OverviewReader
 from storage.retries import patience, with_retries
 from storage.trials import enqueue
 from sweeps.config import Value
-from sweeps.confirmation import SEED, Settings, read_answer, run_params, settings_of
+from sweeps.confirmation import SEED, Settings, read_answer, settings_of
 from sweeps.edits import Edit, decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place
@@ -334,15 +334,13 @@ def _called(trial: TrialStatus) -> str:
 
 def _runs(store: BaseStorage, study_id: int) -> dict[tuple[Settings, int], bool]:
     """The runs that are there, and of each whether that is all; one that failed runs again."""
-    states: dict[tuple[Settings, int], list[TrialState]] = {}
-    for trial in store.get_all_trials(study_id, deepcopy=False):
-        params = run_params(trial)
+    states: dict[tuple[Settings, int], list[str]] = {}
+    for trial in OverviewReader(store).read([study_id])[study_id]:
+        params = trial.params
         if SEED in params:
             key = settings_of(params), int(params[SEED])
             states.setdefault(key, []).append(trial.state)
-    return {
-        key: len(its) >= MAX_RUNS or set(its) != {TrialState.FAIL} for key, its in states.items()
-    }
+    return {key: len(its) >= MAX_RUNS or set(its) != {"FAIL"} for key, its in states.items()}
 
 
 # --- its spec -----------------------------------------------------------------------------------

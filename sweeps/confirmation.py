@@ -27,7 +27,8 @@ from sweeps.studies import StoredSweep, stored_names, stored_sweep
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
+
+    from storage.overview import TrialOverview
 
 SEED = "seed"
 
@@ -244,7 +245,11 @@ class Confirmation:
 
 def read_answer(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
     """A sweep's state as `read_status` has it, with its confirmation, if it has one."""
-    status = read_status(store, sweep)
+    return with_confirmation(store, sweep, read_status(store, sweep))
+
+
+def with_confirmation(store: BaseStorage, sweep: StoredSweep, status: SweepStatus) -> SweepStatus:
+    """A sweep's state with its confirmation, if it has one."""
     confirmed = sweep.spec.confirms
     names = stored_names(store)
     if confirmed:
@@ -262,20 +267,16 @@ def settings_of(params: Mapping[str, Value]) -> Settings:
     return tuple(sorted((name, value) for name, value in params.items() if name != SEED))
 
 
-def run_params(trial: FrozenTrial) -> Mapping[str, Value]:
-    """The settings of a run, whether or not a worker has begun it."""
-    params: Mapping[str, Value] = trial.params or trial.system_attrs.get("fixed_params", {})
-    return params
-
-
 def _read(
     store: BaseStorage, sweep: StoredSweep, status: SweepStatus, of: SweepStatus | None
 ) -> Confirmation:
     """The runs of a confirmation, by the settings that the confirmed sweep has them for."""
+    from storage.overview import OverviewReader
+
+    read = OverviewReader(store).read(study.study_id for study in sweep.studies)
     studies = []
     for stored, study in zip(sweep.studies, status.studies, strict=True):
-        trials = {t.number: t for t in store.get_all_trials(stored.study_id, deepcopy=False)}
-        runs = _runs(trials, study)
+        runs = _runs({trial.number: trial for trial in read[stored.study_id]}, study)
         name = sweep.spec.confirms + study.name.removeprefix(sweep.spec.name)
         origin = next((s for s in (of.studies if of else ()) if s.name == name), None)
         settings = [_setting(origin, key, label, its) for key, (label, its) in runs.items()]
@@ -301,13 +302,13 @@ def _short(study: str) -> str:
 
 
 def _runs(
-    trials: Mapping[int, FrozenTrial], study: StudyStatus
+    trials: Mapping[int, TrialOverview], study: StudyStatus
 ) -> dict[Settings, tuple[str, list[Run]]]:
     """The runs of each setting by seed, with the name that it was enqueued under."""
     found: dict[Settings, tuple[str, dict[int, Run]]] = {}
     for seen in study.trials:
         trial = trials[seen.number]
-        params = run_params(trial)
+        params = trial.params
         if SEED not in params:
             continue
         seed = int(params[SEED])
@@ -327,10 +328,10 @@ def _runs(
     }
 
 
-def _run(trial: FrozenTrial, seen: TrialStatus, seed: int) -> Run:
+def _run(trial: TrialOverview, seen: TrialStatus, seed: int) -> Run:
     accuracy = validation = None
     if seen.outcome == "complete":
-        accuracy, validation = trial.value, trial.intermediate_values[trial.last_step or 0]
+        accuracy, validation = trial.value, trial.last
     elif seen.outcome == "diverged":
         accuracy = validation = trial.value
     return Run(trial.number, seed, seen.outcome, accuracy, validation, seen.reason)
