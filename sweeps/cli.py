@@ -384,12 +384,19 @@ def show(
     storage_url: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
-    """Print a sweep as TOML, resolved; a file to start your own from."""
+    """Print a sweep as TOML; a file to start your own from.
+
+    Unchanged, a preset or a file is shown as it is written, comments included; with `--quick`,
+    `--set` or `extends`, what comes of it.
+    """
+    from sweeps.spec import written_alone
+
     spec = _load(sweep, storage_url, quick, overrides, name)
     if as_json:
         _print_json(spec.as_dict())
-    else:
-        typer.echo(spec.as_toml(), nl=False)
+        return
+    text = None if quick or overrides else written_alone(sweep)
+    typer.echo(spec.as_toml() if text is None else text, nl=False)
 
 
 @app.command(rich_help_panel="Look")
@@ -548,9 +555,12 @@ def main() -> None:
             message = str(error.format_message())  # type: ignore[attr-defined]
             if not message:  # `sweep` alone has shown its help
                 sys.exit(2)
+            message = message.replace("Value error, ", "")  # pydantic's, which Typer passes on
             _fail(f"{message.rstrip('.')}; sweep --help lists what there is", 2)
         # By name, as importing the leaves' own errors would load PyTorch for every mistake.
         names = {cls.__name__ for cls in type(error).__mro__}
+        if "StorageURLError" in names:
+            _fail(error, 2)
         if names & {"StorageError", "DataError", "CheckpointError"}:
             _fail(error, 1)
         if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:

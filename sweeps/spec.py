@@ -387,7 +387,26 @@ def read_table(name: str) -> tuple[dict[str, Any], str]:
     return table, found
 
 
+def written_alone(name: str) -> str | None:
+    """The text of a preset or a file that says everything itself; None if it extends another.
+
+    None too if there is none of this name.
+    """
+    if not name.endswith(".toml") and name not in presets():
+        return None
+    text, _ = _read_text(name)
+    return None if "extends" in tomllib.loads(text) else text
+
+
 def _read_one(name: str) -> tuple[dict[str, Any], str]:
+    text, found = _read_text(name)
+    try:
+        return tomllib.loads(text), found
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{name} is not TOML: {error}") from None
+
+
+def _read_text(name: str) -> tuple[str, str]:
     if name.endswith(".toml"):
         path = Path(name)
         try:
@@ -404,10 +423,7 @@ def _read_one(name: str) -> tuple[dict[str, Any], str]:
             )
         text = (resources.files("sweeps.presets") / f"{name}.toml").read_text(encoding="utf-8")
         found = name
-    try:
-        return tomllib.loads(text), found
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{name} is not TOML: {error}") from None
+    return text, found
 
 
 def presets() -> list[str]:
