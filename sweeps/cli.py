@@ -165,7 +165,7 @@ def start(
 def confirm(
     sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
     top: Annotated[
-        int, typer.Option(min=1, metavar="K", help="How many of the best settings of each study.")
+        int, typer.Option(min=1, metavar="K", help="How many of each study's best.")
     ] = 1,
     seeds: Annotated[
         int, typer.Option(min=2, max=1000, metavar="S", help="Runs of each, a seed each.")
@@ -177,7 +177,7 @@ def confirm(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Train the best settings, and the known ones, with other seeds; score the test images."""
+    """Train the best and the known configurations with other seeds; score the test images."""
     placed = _place(on, gpus_per_worker)
     with _stderr().status("loading PyTorch and Optuna"):
         from sweeps.confirm import confirm_sweep
@@ -412,7 +412,7 @@ def status(
         ),
     ] = False,
 ) -> None:
-    """Say how far the store's sweeps are, and the best setting of each study."""
+    """Say how far the store's sweeps are, and the best trial of each study."""
     if watch and sweep is None:
         raise typer.BadParameter("--watch follows one sweep; give its name")
     import gc

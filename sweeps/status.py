@@ -43,7 +43,7 @@ class TrialStatus:
         number: Optuna's, within the study.
         outcome: one of `OUTCOMES`, "running" or "queued".
         label: which `[[try]]` it is, or "".
-        params: the searched settings.
+        params: of the search.
         accuracy: validation accuracy, 0 to 1: the value of a complete trial, the latest score
             of any other; None before the first epoch.
         step: completed epochs, over all seeds.
@@ -115,7 +115,7 @@ class SweepStatus:
     """A sweep: what it asks and how far its studies are.
 
     Attributes:
-        searched: the settings that the sampler suggests.
+        searched: the parameters that the sampler suggests.
         seeds: trainings that a trial's accuracy is the mean of.
         spent: which budget of time or epochs is spent, or "".
         stop_requests: how often its workers were asked to end.

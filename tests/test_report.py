@@ -73,7 +73,7 @@ def add(
     reason: str = "",
 ) -> None:
     """A trial as a worker leaves it."""
-    study = optuna.load_study(storage=store, study_name=spec.study_names()[cell])
+    study = optuna.load_study(storage=store, study_name=spec.study_name(spec.cells[cell]))
     state = {
         "complete": TrialState.COMPLETE,
         "failed": TrialState.FAIL,
@@ -150,7 +150,7 @@ def test_table_md_is_the_answer(tmp_path: Path) -> None:
     assert table_markdown([findings(known_sweep(tmp_path))]) == (
         "## A &amp; B\n\n"
         "Does it run?\n\n"
-        "| study | setting | trial | outcome | accuracy | searched settings |\n"
+        "| study | configuration | trial | outcome | accuracy | parameters |\n"
         "|---|---|---:|---|---:|---|\n"
         "| global_batch_size=128 | best | #1 | complete | 0.8200 | peak_lr=0.2 warmup_epochs=1 |\n"
         "| global_batch_size=128 | post | #0 | complete | 0.8100 | peak_lr=0.1 warmup_epochs=0 |\n"
@@ -192,8 +192,8 @@ def test_captions_say_what_the_data_say(tmp_path: Path) -> None:
     assert list(drawn) == ["best", "curves", "map", "history", "savings"]
     assert drawn["best"].caption == (
         "The best accuracy falls from 0.8200 at global_batch_size = 128 to 0.6000 at 512.\nBars "
-        "are one standard error. Hollow: settings known beforehand. Crosses on the lower edge: "
-        "known settings that diverged."
+        "are one standard error. Hollow: known beforehand. Crosses on the lower edge: "
+        "known beforehand, and diverged."
     )
     assert "1 of the 2 trials that diverged; 1 did so before an epoch" in drawn["curves"].caption
     assert (
@@ -277,7 +277,7 @@ def test_a_sweep_that_searches_nothing(tmp_path: Path) -> None:
     assert list(drawn) == ["best", "curves"]
     assert "Best: highest 0.8000 (norm=group,split=iid), lowest 0.5000" in drawn["best"].caption
     assert "Bars are the range over seeds." in drawn["best"].caption
-    assert "searched settings" not in table_markdown([found])
+    assert "parameters" not in table_markdown([found])
 
 
 def test_one_study_needs_no_comparison(tmp_path: Path) -> None:
