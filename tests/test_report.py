@@ -233,7 +233,7 @@ def test_what_others_wrote_is_text(tmp_path: Path) -> None:
 def test_a_sweep_of_which_nothing_has_ended(tmp_path: Path) -> None:
     store = create(tmp_path, known_spec())
     found = findings(store)
-    assert headline(found) == "No trial has completed yet, so there is no best setting."
+    assert headline(found) == "No trial has completed yet, so there is no best one."
     assert make_figures([found]) == []
     page = page_of(found)
     assert "0 of 8 trials have ended. 0 running and 8 queued" in page
