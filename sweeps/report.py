@@ -108,28 +108,36 @@ def answer_table(status: SweepStatus) -> Table | FittedAnswer:
 
 
 class FittedAnswer:
-    """The answer's table; where it is too wide, the parameters stand below it."""
+    """The answer's table; what it is too wide for stands below it: parameters, confirmed means."""
 
     def __init__(self, status: SweepStatus) -> None:
         self._status = status
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """What fits the width that there is."""
-        status = self._status
-        wide = _trial_table(status, answer_columns(status))
+        status, columns = self._status, answer_columns(self._status)
         free = options.update(width=10_000)
-        fits = Measurement.get(console, free, wide).maximum <= options.max_width
-        if fits or not status.searched:
-            wide.caption = answer_note(status)
-            yield wide
+        below: list[str] = []
+        table = _trial_table(status, columns)
+        while Measurement.get(console, free, table).maximum > options.max_width and (
+            columns[-1] in ("parameters", "confirmed")
+        ):
+            below.insert(0, columns.pop())
+            table = _trial_table(status, columns)
+        if not below:
+            table.caption = answer_note(status)
+        yield table
+        if not below:
             return
-        yield _trial_table(status, answer_columns(status)[:-1])
         for rows in answer_rows(status):
             for row in rows:
                 if row.trial is not None:
                     name = f"{row.study}, {row.configuration} (#{row.trial.number}):"
                     yield Text(name, style="bold" if row.configuration == "best" else "")
-                    yield Padding(Text(describe_params(row.trial.params)), (0, 0, 0, 2))
+                    cells = dict(zip(answer_columns(status), row.cells(status), strict=True))
+                    for column in below:
+                        word = "" if column == "parameters" else f"{column} "
+                        yield Padding(Text(word + cells[column]), (0, 0, 0, 2))
         yield Text(answer_note(status), style="table.caption")
 
 
