@@ -13,6 +13,7 @@ import pytest
 from helpers import make_spec, run, url
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
 from data.sources import load_dataset
 from storage.engine import open_storage
@@ -30,6 +31,7 @@ from sweeps.findings import (
 )
 from sweeps.importance import importance_shares
 from sweeps.page import default_folder, page_html, results_csv, table_markdown, write_report
+from sweeps.report import answer_table
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES
 from sweeps.studies import create_or_resume, stored_sweep
@@ -533,3 +535,19 @@ def test_axes_say_which_images_an_accuracy_is_measured_on(tmp_path: Path) -> Non
     assert named(held) == {"validation accuracy"}
     assert named(test) == {"test accuracy"}
     assert "accuracy" in named(held, test)
+
+
+def test_what_an_answer_is_too_wide_for_stands_below_it(tmp_path: Path) -> None:
+    table = answer_table(findings(known_sweep(tmp_path)).status)
+
+    def shown(width: int) -> list[str]:
+        out = io.StringIO()
+        Console(file=out, width=width).print(table)
+        return [line.rstrip() for line in out.getvalue().splitlines()]
+
+    wide, narrow = shown(160), shown(80)
+    assert any("best" in line and "peak_lr=0.2 warmup_epochs=1" in line for line in wide)
+    assert not any("peak_lr" in line for line in narrow if "│" in line)
+    at = narrow.index("global_batch_size=128, best (#1):")
+    assert narrow[at + 1] == "  peak_lr=0.2 warmup_epochs=1"
+    assert max(map(len, narrow)) <= 80
