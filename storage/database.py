@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
+from optuna.trial import TrialState
 
 from storage.engine import reading
 
@@ -66,6 +67,15 @@ class Database(RDBStorage):
             query = select(columns.study_id).where(columns.trial_id == trial_id)
             return connection.execute(query).scalar()
 
+    def count_trials(self, study_id: int) -> int:
+        """How many trials a study has, 0 if there is no such study."""
+        from sqlalchemy import func, select
+
+        columns = models.TrialModel.__table__.c
+        with reading(), self.engine.connect() as connection:
+            query = select(func.count()).where(columns.study_id == study_id)
+            return int(connection.execute(query).scalar_one())
+
 
 for _name in _READS:
     setattr(Database, _name, _without_lock(getattr(RDBStorage, _name)))
@@ -75,6 +85,13 @@ class CachedDatabase(_CachedStorage):
     """As Optuna's, which keeps finished trials, but also for trials that it has not read yet."""
 
     _backend: Database
+
+    def get_n_trials(
+        self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None
+    ) -> int:
+        """Count the trials of a study; all of them without reading any."""
+        count = self._backend.count_trials(study_id) if state is None else 0
+        return count or super().get_n_trials(study_id, state)
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: Any

@@ -54,6 +54,10 @@ class StorageError(Exception):
     """A storage that cannot be used as asked; the message is one line and says what to do."""
 
 
+class StorageURLError(StorageError):
+    """What was given as a storage URL names no storage, whatever stands where."""
+
+
 class EmptyStorageError(StorageError):
     """A database that can be read and holds no sweep yet."""
 
@@ -122,26 +126,27 @@ def check_url(url: str) -> URL:
     """Refuse a storage URL that cannot work, as far as that shows without opening anything.
 
     Raises:
-        StorageError: it is no URL, an in-memory database, or a file that cannot be there.
+        StorageURLError: it is no URL, or that of an in-memory database.
+        StorageError: it is that of a file that cannot be there.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     if "://" not in url:
         path = Path(url).expanduser().absolute()
-        raise StorageError(f"{url!r} is not a storage URL; for a file write sqlite:///{path}")
+        raise StorageURLError(f"{url!r} is not a storage URL; for a file write sqlite:///{path}")
     if is_grpc(url):
         grpc_address(url)
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
-        raise StorageError(
+        raise StorageURLError(
             f"{url!r} is not a storage URL; expected sqlite:///FILE or postgresql+psycopg://…"
         ) from error
     if parsed.get_backend_name() == "sqlite":
         file = sqlite_path(url)
         if file is None:
-            raise StorageError(
+            raise StorageURLError(
                 f"{url!r} is not a database file, and workers are processes that could not share "
                 "an in-memory database; write sqlite:///FILE"
             )
@@ -158,7 +163,8 @@ def grpc_address(url: str) -> tuple[str, int]:
     """Return host and port of a ``grpc://HOST:PORT`` URL.
 
     Raises:
-        StorageError: it is not of that form, or gRPC is not installed.
+        StorageURLError: it is not of that form.
+        StorageError: gRPC is not installed.
     """
     try:
         parts = urlsplit(url)
@@ -166,7 +172,7 @@ def grpc_address(url: str) -> tuple[str, int]:
     except ValueError:
         host = port = None
     if not host or not port or parts.path not in ("", "/"):
-        raise StorageError(f"{url!r} is not the address of a server; write grpc://HOST:PORT")
+        raise StorageURLError(f"{url!r} is not the address of a server; write grpc://HOST:PORT")
     require_grpc(url)
     return host, port
 
@@ -199,6 +205,8 @@ def exclusive(storage: BaseStorage, url: str) -> Iterator[None]:
 
     file = sqlite_path(url)
     if file is not None:
+        # The empty lock file stays behind: whoever removed it while another process waits at it
+        # would let a third lock a new one of the same name, beside the second.
         with FileLock(f"{file}.lock"):
             yield
     elif is_grpc(url):
@@ -531,7 +539,7 @@ def _rdb_storage(url: str, options: dict[str, Any], *, place: str, create: bool 
         try:
             return Database(template, engine_kwargs=options, skip_table_creation=not create)
         except (ImportError, NoSuchModuleError) as error:
-            raise StorageError(_missing_driver(url)) from error
+            raise _missing_driver(url) from error
         except (DBAPIError, StorageInternalError, AssertionError) as error:
             # Two processes that create the same tables at once: one of them gets "already
             # exists" or a unique violation, and finds everything in place on its next try.
@@ -578,13 +586,17 @@ def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageEr
     )
 
 
-def _missing_driver(url: str) -> str:
+def _missing_driver(url: str) -> StorageError:
     scheme = url.split("://", 1)[0]
     if scheme.startswith("postgres"):
-        return (
+        return StorageError(
             f"no driver for {scheme}; run pip install 'psycopg[binary]' "
             "and write the URL as postgresql+psycopg://…"
         )
     if scheme.startswith(("mysql", "mariadb")):
-        return f"no driver for {scheme}; run pip install pymysql and write mysql+pymysql://…"
-    return f"no driver for {scheme}; use sqlite:///FILE or postgresql+psycopg://…"
+        return StorageError(
+            f"no driver for {scheme}; run pip install pymysql and write mysql+pymysql://…"
+        )
+    return StorageURLError(
+        f"no driver for {scheme}; use sqlite:///FILE, postgresql+psycopg://… or grpc://HOST:PORT"
+    )

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SERVICE = "sweep.Claims"
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when the two sides of :data:`SERVICE` would misunderstand each other."""
 
 CALL_SECONDS = 120.0
@@ -154,6 +154,13 @@ class RemoteStorage(GrpcStorageProxy):
 
         return call
 
+    def get_n_trials(
+        self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None
+    ) -> int:
+        """Count the trials of a study without reading them."""
+        count = self.claims.total(study_id) if state is None else 0
+        return count or super().get_n_trials(study_id, state)
+
     def hello(self) -> None:
         """Ask the server who it is, and note its ``store_id``.
 
@@ -224,7 +231,7 @@ class RemoteTrialTable:
     def _call(self, name: str, **arguments: Any) -> Any:
         with self._lock:
             if name not in self._methods:
-                reads = name in ("running", "candidates", "unfinished", "read")
+                reads = name in ("running", "candidates", "unfinished", "read", "total", "overview")
                 self._methods[name] = self._storage.method(name, writes=not reads)
         try:
             (answer,) = self._methods[name](arguments)
@@ -249,6 +256,24 @@ class RemoteTrialTable:
     def unfinished(self, studies: Sequence[tuple[int, int]]) -> int:
         """Count the trials below the budgets that are not finished."""
         return int(self._call("unfinished", studies=list(studies)))
+
+    def total(self, study_id: int) -> int:
+        """Count the trials of a study."""
+        return int(self._call("total", study_id=study_id))
+
+    def overview(
+        self,
+        study_ids: Sequence[int],
+        since: int,
+        user_attrs: Sequence[str],
+        running_attrs: Sequence[str],
+    ) -> tuple[list[list[int]], list[list[Any]]]:
+        """As :func:`storage.overview.overview_rows`."""
+        totals, rows = self._call(
+            "overview", study_ids=list(study_ids), since=since, user_attrs=list(user_attrs),
+            running_attrs=list(running_attrs),
+        )  # fmt: skip
+        return totals, rows
 
     def read(self, trial_id: int) -> tuple[TrialState, str | None] | None:
         """Return a trial's state and its lease as stored."""

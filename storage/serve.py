@@ -37,6 +37,7 @@ from storage.engine import (
     sql_engine,
     sqlite_path,
 )
+from storage.overview import overview_rows
 from storage.remote import PROTOCOL, SERVICE
 from storage.retries import is_transient, reason
 from storage.trial_table import TrialTable
@@ -153,6 +154,8 @@ class _Claims:
             "running": self._running,
             "candidates": self._candidates,
             "unfinished": lambda studies: self._table.unfinished(_pairs(studies)),
+            "total": self._table.total,
+            "overview": functools.partial(overview_rows, sql_engine(self._storage)),
             "read": self._read,
             "requeue": self._requeue,
             "finish": self._finish,

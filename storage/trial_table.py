@@ -262,6 +262,11 @@ class TrialTable:
             done = connection.execute(query, _budgets(studies)).scalar_one()
         return sum(budget for _, budget in studies) - int(done)
 
+    def total(self, study_id: int) -> int:
+        """Count the trials of a study."""
+        with self._reading() as connection:
+            return int(connection.execute(self._sql.total, {"id": study_id}).scalar_one())
+
     def read(self, trial_id: int) -> tuple[TrialState, str | None] | None:
         """Return a trial's state and its lease as stored; None if there is no such trial."""
         with self._reading() as connection:

@@ -165,7 +165,7 @@ def start(
 def confirm(
     sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
     top: Annotated[
-        int, typer.Option(min=1, metavar="K", help="How many of the best settings of each study.")
+        int, typer.Option(min=1, metavar="K", help="How many of each study's best.")
     ] = 1,
     seeds: Annotated[
         int, typer.Option(min=2, max=1000, metavar="S", help="Runs of each, a seed each.")
@@ -177,7 +177,7 @@ def confirm(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Train the best settings, and the known ones, with other seeds; score the test images."""
+    """Train the best and the known configurations with other seeds; score the test images."""
     placed = _place(on, gpus_per_worker)
     with _stderr().status("loading PyTorch and Optuna"):
         from sweeps.confirm import confirm_sweep
@@ -384,12 +384,19 @@ def show(
     storage_url: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
-    """Print a sweep as TOML, resolved; a file to start your own from."""
+    """Print a sweep as TOML; a file to start your own from.
+
+    Unchanged, a preset or a file is shown as it is written, comments included; with `--quick`,
+    `--set` or `extends`, what comes of it.
+    """
+    from sweeps.spec import written_alone
+
     spec = _load(sweep, storage_url, quick, overrides, name)
     if as_json:
         _print_json(spec.as_dict())
-    else:
-        typer.echo(spec.as_toml(), nl=False)
+        return
+    text = None if quick or overrides else written_alone(sweep)
+    typer.echo(spec.as_toml() if text is None else text, nl=False)
 
 
 @app.command(rich_help_panel="Look")
@@ -405,9 +412,13 @@ def status(
         ),
     ] = False,
 ) -> None:
-    """Say how far the store's sweeps are, and the best setting of each study."""
+    """Say how far the store's sweeps are, and the best trial of each study."""
     if watch and sweep is None:
         raise typer.BadParameter("--watch follows one sweep; give its name")
+    import gc
+
+    if not watch:
+        gc.disable()  # over before there is any: looking for it takes a fifth of the time
     from storage.engine import open_storage
     from sweeps.confirmation import read_answer
     from sweeps.progress import print_line
@@ -544,9 +555,12 @@ def main() -> None:
             message = str(error.format_message())  # type: ignore[attr-defined]
             if not message:  # `sweep` alone has shown its help
                 sys.exit(2)
+            message = message.replace("Value error, ", "")  # pydantic's, which Typer passes on
             _fail(f"{message.rstrip('.')}; sweep --help lists what there is", 2)
         # By name, as importing the leaves' own errors would load PyTorch for every mistake.
         names = {cls.__name__ for cls in type(error).__mro__}
+        if "StorageURLError" in names:
+            _fail(error, 2)
         if names & {"StorageError", "DataError", "CheckpointError"}:
             _fail(error, 1)
         if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:

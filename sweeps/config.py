@@ -138,7 +138,7 @@ class TrialConfig:
     noise_std: float = _setting(
         0.0,
         "Fixed noise on `digits`, in standard deviations of their pixels: makes them hard "
-        "enough to tell settings apart.",
+        "enough to tell configurations apart.",
         float,
         low=0.0,
         high=1.5,

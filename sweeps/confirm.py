@@ -1,10 +1,11 @@
-"""`sweep confirm`: the best settings of a sweep and its known ones, trained again with other seeds.
+"""`sweep confirm`: a sweep's best and known configurations, trained again with other seeds.
 
 The confirmation of NAME is a sweep of its own in the same store, NAME-confirm, with one study for
-each study of NAME. Its trials are the runs: one for each setting and seed, all of them enqueued, so
-that workers, leases, resuming, `sweep status` and `sweep export` treat them as any other. Nothing
-is suggested and nothing pruned: a run that is pruned has no final accuracy, and a mean over those
-that are left would be of the lucky ones. `sweeps.confirmation` reads what comes out.
+each study of NAME. Its trials are the runs: one for each configuration and seed, all of them
+enqueued, so that workers, leases, resuming, `sweep status` and `sweep export` treat them as any
+other. Nothing is suggested and nothing pruned: a run that is pruned has no final accuracy, and a
+mean over those that are left would be of the lucky ones. `sweeps.confirmation` reads what comes
+out.
 
 The runs are listed nowhere but as trials. Whoever confirms compares what is wanted with what is
 there, under the store's lock, and enqueues the rest: again after a kill it completes, with more
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.trial import TrialState
 from rich.console import Console
 
 from storage.engine import check_url, close_storage, exclusive, open_storage
+from storage.overview import OverviewReader
 from storage.retries import patience, with_retries
 from storage.trials import enqueue
 from sweeps.config import Value
-from sweeps.confirmation import SEED, Settings, read_answer, run_params, settings_of
+from sweeps.confirmation import SEED, Configuration, configuration_of, read_answer
 from sweeps.edits import Edit, decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place
@@ -58,19 +59,19 @@ if TYPE_CHECKING:
 MAX_SEED = 10**9
 
 MAX_RUNS = 2
-"""Runs of one setting and seed: one that failed may have had no fault of its own, twice has."""
+"""Runs of a configuration and seed: one that failed may have had no fault of its own, twice has."""
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A run that is to be there: the settings that it has, and what it is called."""
+    """A run that is to be there: its parameters, and what it is called."""
 
     label: str
     params: Mapping[str, Value]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Confirming:
     """A confirmation as it is to be, and what is missing of it.
 
     Attributes:
@@ -102,13 +103,13 @@ def confirm_sweep(
     err: Console,
     print_json: Callable[[object], None] | None = None,
 ) -> int:
-    """Train the best settings of a sweep, and its known ones, with other seeds; say what came out.
+    """Train a sweep's best and known configurations with other seeds; say what came out.
 
     Args:
         name: the sweep.
         storage_url: where it is.
-        top: how many of the best settings of each study.
-        seeds: runs of each setting.
+        top: how many of the best configurations of each study.
+        seeds: runs of each configuration.
         data_dir: where the data set is, None for its usual place.
         workers: how many processes, None for as many as suit the place.
         place: where they run.
@@ -153,7 +154,7 @@ def confirm_sweep(
 
     with patience(place_of(storage_url)):
         changed = with_retries(create)
-    # A range that is wider than before follows from the settings, and is nobody's edit.
+    # A range that is wider than before follows from them, and is nobody's edit.
     kept = [edit for edit in changed if not edit.key.startswith("search.")]
     print_edits(kept, plan.spec.name, err)
     code, status = run_to_end(
@@ -178,8 +179,8 @@ def enqueue_runs(
         store: where the sweep is.
         name: the sweep.
         fingerprints: of the images of each cell, in their order.
-        top: how many of the best settings of each study.
-        seeds: runs of each setting.
+        top: how many of the best configurations of each study.
+        seeds: runs of each configuration.
 
     Returns:
         What differs from the confirmation that is there.
@@ -196,7 +197,7 @@ def enqueue_runs(
     return changed
 
 
-def _already_done(store: BaseStorage, plan: _Plan) -> SweepStatus | None:
+def _already_done(store: BaseStorage, plan: _Confirming) -> SweepStatus | None:
     """The state of a confirmation that has nothing left to run: it is told without images."""
     if not plan.begun or any(plan.missing):
         return None
@@ -221,7 +222,7 @@ def _show(
 # --- what to run --------------------------------------------------------------------------------
 
 
-def _plan(store: BaseStorage, name: str, top: int, seeds: int) -> _Plan:
+def _plan(store: BaseStorage, name: str, top: int, seeds: int) -> _Confirming:
     sweep = stored_sweep(store, name)
     if sweep.spec.confirms:
         raise SweepError(
@@ -236,19 +237,19 @@ def _plan(store: BaseStorage, name: str, top: int, seeds: int) -> _Plan:
     status = read_status(store, sweep)
     if not any(study.count("complete") for study in status.studies):
         raise SweepError(
-            f"no trial of {name} has completed, so there is no best setting to confirm; sweep "
+            f"no trial of {name} has completed, so there is no best one to confirm; sweep "
             f"start {name} goes on with it"
         )
-    most = max(_complete_settings(study) for study in status.studies)
+    most = max(_complete_configurations(study) for study in status.studies)
     if top > most:
         raise SpecError(
-            f"--top {top} is more than {name} has: {most} at most of its settings have completed "
-            "in a study"
+            f"--top {top} is more than {name} has: {most} at most of its configurations have "
+            "completed in a study"
         )
     fresh = _fresh_seeds(sweep.spec, seeds)
     remarks = _remarks(status, top)
     stored = _stored_confirmation(store, sweep)
-    missing, settings = [], []
+    missing, configurations = [], []
     for position, study in enumerate(status.studies):
         wanted, left_out = _wanted(study, list(sweep.spec.search), top)
         remarks += left_out
@@ -261,11 +262,11 @@ def _plan(store: BaseStorage, name: str, top: int, seeds: int) -> _Plan:
                 if not there.get((key, seed))
             ]
         )
-        settings += [*wanted, *(key for key, _ in there)]
-    spec = _confirmation_of(sweep.spec, settings)
+        configurations += [*wanted, *(key for key, _ in there)]
+    spec = _confirmation_of(sweep.spec, configurations)
     if stored:
         _refuse_other(stored.spec, spec)
-    return _Plan(sweep, spec, missing, stored is not None, remarks)
+    return _Confirming(sweep, spec, missing, stored is not None, remarks)
 
 
 def _remarks(status: SweepStatus, top: int) -> list[str]:
@@ -278,9 +279,9 @@ def _remarks(status: SweepStatus, top: int) -> list[str]:
             f"confirmed; when it has gone on, sweep confirm {name} adds what is better"
         )
     for study in status.studies:
-        complete = _complete_settings(study)
+        complete = _complete_configurations(study)
         if complete < top:
-            had = plural(complete, "setting has", "settings have")
+            had = plural(complete, "configuration has", "configurations have")
             remarks.append(f"{study.name}: {'no' if not complete else 'only'} {had} completed")
     return remarks
 
@@ -300,19 +301,19 @@ def _fresh_seeds(spec: SweepSpec, count: int) -> list[int]:
     return found
 
 
-def _complete_settings(study: StudyStatus) -> int:
-    return len({settings_of(t.params) for t in study.trials if t.outcome == "complete"})
+def _complete_configurations(study: StudyStatus) -> int:
+    return len({configuration_of(t.params) for t in study.trials if t.outcome == "complete"})
 
 
 def _wanted(
     study: StudyStatus, searched: Sequence[str], top: int
-) -> tuple[dict[Settings, str], list[str]]:
-    """The settings to confirm, the best first, with what their runs are called; and remarks."""
-    wanted: dict[Settings, str] = {}
+) -> tuple[dict[Configuration, str], list[str]]:
+    """The configurations to confirm, the best first, with their runs' names; and remarks."""
+    wanted: dict[Configuration, str] = {}
     remarks = []
     complete = [t for t in study.trials if t.outcome == "complete"]
     for trial in sorted(complete, key=lambda t: (-(t.accuracy or 0.0), t.number)):
-        key = settings_of(trial.params)
+        key = configuration_of(trial.params)
         if len(wanted) < top or key in wanted:
             wanted.setdefault(key, _called(trial))
     for trial in (t for t in study.trials if t.label):
@@ -324,7 +325,7 @@ def _wanted(
                 f"{study.name}: “{trial.label}” failed, so it is not confirmed: {trial.reason}"
             )
         else:
-            wanted.setdefault(settings_of(trial.params), _called(trial))
+            wanted.setdefault(configuration_of(trial.params), _called(trial))
     return wanted, remarks
 
 
@@ -332,33 +333,31 @@ def _called(trial: TrialStatus) -> str:
     return f"{trial.label} (#{trial.number})" if trial.label else f"#{trial.number}"
 
 
-def _runs(store: BaseStorage, study_id: int) -> dict[tuple[Settings, int], bool]:
+def _runs(store: BaseStorage, study_id: int) -> dict[tuple[Configuration, int], bool]:
     """The runs that are there, and of each whether that is all; one that failed runs again."""
-    states: dict[tuple[Settings, int], list[TrialState]] = {}
-    for trial in store.get_all_trials(study_id, deepcopy=False):
-        params = run_params(trial)
+    states: dict[tuple[Configuration, int], list[str]] = {}
+    for trial in OverviewReader(store).read([study_id])[study_id]:
+        params = trial.params
         if SEED in params:
-            key = settings_of(params), int(params[SEED])
+            key = configuration_of(params), int(params[SEED])
             states.setdefault(key, []).append(trial.state)
-    return {
-        key: len(its) >= MAX_RUNS or set(its) != {TrialState.FAIL} for key, its in states.items()
-    }
+    return {key: len(its) >= MAX_RUNS or set(its) != {"FAIL"} for key, its in states.items()}
 
 
 # --- its spec -----------------------------------------------------------------------------------
 
 
-def _confirmation_of(spec: SweepSpec, settings: Sequence[Settings]) -> SweepSpec:
+def _confirmation_of(spec: SweepSpec, configurations: Sequence[Configuration]) -> SweepSpec:
     """The spec of the confirmation of a sweep.
 
     Args:
         spec: of the sweep.
-        settings: those that it has runs of; a range that was moved since then is widened, so that
-            they are in it.
+        configurations: those that it has runs of; a range that was moved since then is widened,
+            so that they are in it.
     """
     table = spec.as_dict()
     values: dict[str, list[Value]] = {name: [] for name in spec.search}
-    for name, value in (pair for key in settings for pair in key):
+    for name, value in (pair for key in configurations for pair in key):
         values.setdefault(name, []).append(value)
     title = spec.title or spec.name
     return SweepSpec.from_dict(
@@ -367,7 +366,7 @@ def _confirmation_of(spec: SweepSpec, settings: Sequence[Settings]) -> SweepSpec
             "name": spec.name + CONFIRMATION,
             "confirms": spec.name,
             "title": f"{title}, confirmed",
-            "question": f"What do the settings of {spec.name} reach with other seeds?",
+            "question": f"What do the configurations of {spec.name} reach with other seeds?",
             "train": {name: value for name, value in spec.train.items() if name != SEED},
             "search": {
                 **{
@@ -377,7 +376,7 @@ def _confirmation_of(spec: SweepSpec, settings: Sequence[Settings]) -> SweepSpec
                 SEED: {"low": 0, "high": MAX_SEED},
             },
             "try": [],
-            # Never asked: every setting of every run is given, and all of them run to their end.
+            # Never asked: every parameter of every run is given, and all of them run to their end.
             "sampler": {"type": "RandomSampler"},
             "pruner": {"type": "NopPruner"},
             "budget": {

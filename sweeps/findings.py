@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import TrialConfig, Value, written
-from sweeps.confirmation import (
+from sweeps.confirmation import read_answer
+from sweeps.confirmed import (
     CONFIRMED_COLUMNS,
     confirmed_cells,
     confirmed_headline,
     confirmed_notes,
     confirmed_sentence,
-    read_answer,
 )
 from sweeps.progress import describe_params
 from sweeps.report import answer_note, short_name
@@ -47,12 +47,12 @@ class StudyFindings:
     Attributes:
         status: budget and trials.
         name: the study's name, without the sweep's.
-        config: what its trials share; the searched settings are at their lowest.
+        config: what its trials share; the parameters are at their lowest.
         curves: validation accuracy after each epoch, by trial number: of the best trial and of
             some that diverged. Over several seeds, the mean of a complete trial, and the last
             seed of any other.
         seed_accuracies: the best trial's final accuracy with each seed; empty for one seed.
-        importance: share of each searched setting, or empty where too few trials completed.
+        importance: share of each parameter, or empty where too few trials completed.
     """
 
     status: StudyStatus
@@ -159,7 +159,7 @@ def _best_accuracies(findings: Findings) -> str:
     best = [(s.name, s.status.best) for s in findings.studies]
     found = [(name, t, t.accuracy) for name, t in best if t and t.accuracy is not None]
     if not found:
-        return "No trial has completed yet, so there is no best setting."
+        return "No trial has completed yet, so there is no best one."
     if len(findings.studies) == 1:
         return f"Best accuracy: {found[0][2]:.4f}, by trial #{found[0][1].number}."
     found.sort(key=lambda entry: -entry[2])
@@ -189,7 +189,7 @@ def progress_sentence(status: SweepStatus) -> str:
 
 
 def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
-    """The best setting of a study, then each known setting against it."""
+    """The best trial of a study, then each known one against it."""
     best = study.status.best
     searched = bool(findings.status.searched)
     complete = study.status.count("complete")
@@ -331,7 +331,7 @@ def ended_early(study: StudyFindings) -> Mapping[str, int]:
 def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, Any]]]:
     """Every trial of some sweeps, one row each, and the columns that they have.
 
-    A searched setting is a column of its own; where there is a confirmation, four more say what it
+    A parameter is a column of its own; where there is a confirmation, four more say what it
     found of each trial. The accuracy of a trial that did not complete is that of its last epoch.
     """
     searched = list(dict.fromkeys(name for f in findings for name in f.status.searched))

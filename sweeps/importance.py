@@ -1,7 +1,7 @@
-"""Which searched settings matter: PED-ANOVA.
+"""Which parameters matter: PED-ANOVA.
 
 Watanabe, Bansal and Hutter, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in
-Arbitrary Subspaces", IJCAI 2023, https://arxiv.org/abs/2304.10255, Algorithm 1; for settings
+Arbitrary Subspaces", IJCAI 2023, https://arxiv.org/abs/2304.10255, Algorithm 1; for parameters
 whose range was moved, its conditional form, https://arxiv.org/abs/2601.20800, Theorem 4.2. The
 numbers are those of Optuna's evaluator, whose import takes as long as a whole report: it brings
 scikit-learn for the other evaluators.
@@ -28,11 +28,11 @@ GRID = 50
 def importance_shares(
     trials: Sequence[FrozenTrial], names: Sequence[str], quantile: float
 ) -> dict[str, float]:
-    """How much the values of each setting in the best trials differ from those in all of them.
+    """How much the values of each parameter in the best trials differ from those in all of them.
 
     Args:
         trials: complete ones with finite values, of which the larger is better.
-        names: settings.
+        names: of the parameters.
         quantile: the share of trials that count as the best, above 0 and at most 1.
 
     Returns:

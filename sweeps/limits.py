@@ -88,21 +88,30 @@ def epochs_spent(store: BaseStorage, sweep: StoredSweep) -> int:
     )
 
 
-def spent(store: BaseStorage, sweep: StoredSweep, session: Session | None = None) -> str:
+def spent(
+    store: BaseStorage,
+    sweep: StoredSweep,
+    session: Session | None = None,
+    *,
+    epochs: int | None = None,
+) -> str:
     """Say which budget of time or epochs is spent; "" if none is.
 
     Args:
         store: where the sweep is.
         sweep: with its budget as it is now.
         session: of the worker that asks.
+        epochs: as of `epochs_spent`, where that is known already.
     """
     budget = sweep.spec.budget
     if budget.hours is not None:
         seconds = session.seconds_spent() if session else seconds_spent(store, sweep)
         if seconds >= 3600 * budget.hours:
             return f"hours = {budget.hours:g}"
-    if budget.epochs_total is not None and epochs_spent(store, sweep) >= budget.epochs_total:
-        return f"epochs_total = {budget.epochs_total}"
+    if budget.epochs_total is not None:
+        epochs = epochs_spent(store, sweep) if epochs is None else epochs
+        if epochs >= budget.epochs_total:
+            return f"epochs_total = {budget.epochs_total}"
     return ""
 
 

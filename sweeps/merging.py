@@ -42,7 +42,7 @@ class TrialChange:
 
 
 @dataclass
-class StudyPlan:
+class StudyMerge:
     """What a file's study would change in the store's.
 
     Attributes:
@@ -115,7 +115,7 @@ def plan_study(
     file: StudyRows,
     with_checkpoint: frozenset[tuple[str, int]],
     checkpoints: CheckpointStore,
-) -> StudyPlan:
+) -> StudyMerge:
     """Compare a study in the store with the same study in a file.
 
     Args:
@@ -125,7 +125,7 @@ def plan_study(
         checkpoints: those that are here.
     """
     assert store.study_id is not None
-    plan = StudyPlan(store.study_id, store, file)
+    plan = StudyMerge(store.study_id, store, file)
 
     def progress(trial: TrialRows, has_checkpoint: bool) -> int:
         # Without its checkpoint a trial starts over, whatever its curve says.
@@ -179,7 +179,7 @@ def plan_study(
     return plan
 
 
-def _number_added(plan: StudyPlan, pairs: Mapping[int, TrialRows]) -> None:
+def _number_added(plan: StudyMerge, pairs: Mapping[int, TrialRows]) -> None:
     """Number the trials to create: their own numbers where these are free, and no gaps."""
     missing = [trial for trial in plan.file.trials if trial.number not in pairs]
     number = len(plan.store.trials)
@@ -282,7 +282,7 @@ def _settings(trial: TrialRows) -> dict[str, Any]:
     return {**(attribute(trial.system_attrs, FIXED) or {}), **trial.external_params()}
 
 
-def _add_attrs(plan: StudyPlan, ours: TrialRows, theirs: TrialRows) -> None:
+def _add_attrs(plan: StudyMerge, ours: TrialRows, theirs: TrialRows) -> None:
     """Plan what the store's record of a trial lacks; where both have a value, it keeps its own."""
     assert ours.trial_id is not None
 
@@ -319,7 +319,7 @@ def _note_version(attrs: Mapping[str, str], prefix: str) -> int:
     return version if isinstance(version, int) else 0
 
 
-def _plan_attrs(plan: StudyPlan) -> None:
+def _plan_attrs(plan: StudyMerge) -> None:
     ours, theirs = plan.store, plan.file
     plan.study_user = {k: t for k, t in theirs.user_attrs.items() if k not in ours.user_attrs}
     plan.study_system = _merged_notes(ours.system_attrs, theirs.system_attrs, _NOTE)
@@ -357,7 +357,7 @@ def _plan_attrs(plan: StudyPlan) -> None:
             plan.study_user[SPEC] = json.dumps(here)
 
 
-def summary(plans: Sequence[StudyPlan]) -> str:
+def summary(plans: Sequence[StudyMerge]) -> str:
     """What carrying out the plans of a sweep's studies changes, in words."""
     if all(plan.is_empty for plan in plans):
         newer = any(plan.ahead for plan in plans)

@@ -212,7 +212,7 @@ def _answer_table(sweep: Findings) -> str:
             cells = row.cells(status)
             if position:
                 cells[0] = ""
-            kind = ' class="best"' if row.setting == "best" else ""
+            kind = ' class="best"' if row.configuration == "best" else ""
             body += f"<tr{kind}>{_cells(columns, cells)}</tr>"
     heads = "".join(f"<th{_align(column)}>{_text(column)}</th>" for column in columns)
     kind = ' class="settings"' if status.searched else ""

@@ -176,7 +176,7 @@ class LiveView:
 
 
 def describe(trial: TrialStatus) -> str:
-    """A trial in one line: number, outcome, accuracy, settings."""
+    """A trial in one line: number, outcome, accuracy, parameters."""
     parts = [f"#{trial.number}", trial.outcome]
     if trial.accuracy is not None:
         parts.append(f"{trial.accuracy:.4f}")
@@ -191,7 +191,7 @@ def describe(trial: TrialStatus) -> str:
 
 
 def describe_params(params: Mapping[str, Value]) -> str:
-    """Settings as `name=value`, numbers to four digits."""
+    """Parameters as `name=value`, numbers to four digits."""
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={written(value)}"
         for name, value in params.items()
@@ -224,7 +224,7 @@ def study_table(status: SweepStatus) -> Table:
 
 
 def _best_lines(status: SweepStatus) -> Text:
-    """The settings of each study's best, a line each."""
+    """The parameters of each study's best, a line each."""
     lines = [
         f"best of {study.name.removeprefix(f'{status.name}/')}: {describe_params(best.params)}"
         for study in status.studies

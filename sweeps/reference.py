@@ -37,8 +37,9 @@ Keys of `[train]` that the sampler suggests: `{{ low, high }}` with `log = true`
 
 ## `[[try]]`
 
-Known settings, which run first and are never pruned: `label`, values of searched keys (the sampler
-fills in those left out), and `when`, a table of enumerated keys and the values they are for.
+Known parameters, which run first and are never pruned: `label`, values of searched keys (the
+sampler fills in those left out), and `when`, a table of enumerated keys and the values that they
+are for.
 
 ## `[sampler]` and `[pruner]`
 

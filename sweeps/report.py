@@ -1,15 +1,18 @@
-"""The answer in a table: the best setting of each study beside the settings that were known."""
+"""The answer in a table: the best trial of each study beside those that were known."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sweeps.confirmation import (
+from sweeps.confirmation import Confirmation
+from sweeps.confirmed import (
     UNCONFIRMED,
-    Confirmation,
     column_note,
     comparison_lines,
     confirmation_columns,
@@ -36,20 +39,20 @@ class AnswerRow:
 
     Attributes:
         study: the study's name, without the sweep's.
-        setting: "best", or the label of a `[[try]]`.
+        configuration: "best", or the label of a `[[try]]`.
         trial: None where no trial of the study has completed and none is labelled.
     """
 
     study: str
-    setting: str
+    configuration: str
     trial: TrialStatus | None
 
     def cells(self, status: SweepStatus) -> list[str]:
         """Its text under each of `answer_columns`."""
         if self.trial is None:
-            return [self.study, self.setting, *[""] * (len(answer_columns(status)) - 2)]
+            return [self.study, self.configuration, *[""] * (len(answer_columns(status)) - 2)]
         cells = [
-            self.study, self.setting, f"#{self.trial.number}", self.trial.outcome,
+            self.study, self.configuration, f"#{self.trial.number}", self.trial.outcome,
             _accuracy(self.trial),
         ]  # fmt: skip
         if status.confirmation:
@@ -60,9 +63,9 @@ class AnswerRow:
 
 def answer_columns(status: SweepStatus) -> list[str]:
     """What the answer says of each row."""
-    columns = ["study", "setting", "trial", "outcome", "accuracy"]
+    columns = ["study", "configuration", "trial", "outcome", "accuracy"]
     columns += ["confirmed"] if status.confirmation else []
-    return [*columns, "searched settings"] if status.searched else columns
+    return [*columns, "parameters"] if status.searched else columns
 
 
 def answer_rows(status: SweepStatus) -> list[list[AnswerRow]]:
@@ -97,30 +100,65 @@ def answer_note(status: SweepStatus) -> str:
     return note
 
 
-def answer_table(status: SweepStatus) -> Table:
-    """The answer for a terminal; of a confirmation, its settings instead of its trials."""
+def answer_table(status: SweepStatus) -> Table | FittedAnswer:
+    """The answer for a terminal; of a confirmation, its configurations instead of its trials."""
     if status.confirms and status.confirmation:
         return _confirmation_table(status.title, status.confirmation)
+    return FittedAnswer(status)
+
+
+class FittedAnswer:
+    """The answer's table; what it is too wide for stands below it: parameters, confirmed means."""
+
+    def __init__(self, status: SweepStatus) -> None:
+        self._status = status
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What fits the width that there is."""
+        status, columns = self._status, answer_columns(self._status)
+        free = options.update(width=10_000)
+        below: list[str] = []
+        table = _trial_table(status, columns)
+        while Measurement.get(console, free, table).maximum > options.max_width and (
+            columns[-1] in ("parameters", "confirmed")
+        ):
+            below.insert(0, columns.pop())
+            table = _trial_table(status, columns)
+        if not below:
+            table.caption = answer_note(status)
+        yield table
+        if not below:
+            return
+        for rows in answer_rows(status):
+            for row in rows:
+                if row.trial is not None:
+                    name = f"{row.study}, {row.configuration} (#{row.trial.number}):"
+                    yield Text(name, style="bold" if row.configuration == "best" else "")
+                    cells = dict(zip(answer_columns(status), row.cells(status), strict=True))
+                    for column in below:
+                        word = "" if column == "parameters" else f"{column} "
+                        yield Padding(Text(word + cells[column]), (0, 0, 0, 2))
+        yield Text(answer_note(status), style="table.caption")
+
+
+def _trial_table(status: SweepStatus, columns: list[str]) -> Table:
     # As Text, so that no label is taken for Rich's markup.
     title = Text(status.title or status.name, style="table.title")
     table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in answer_columns(status):
-        if column in ("study", "setting"):
+    for column in columns:
+        if column in ("study", "configuration", "parameters"):
             table.add_column(column, overflow="fold")
-        elif column == "searched settings":
-            table.add_column(column, overflow="fold", ratio=1)
         else:
             right = column in ("trial", "accuracy")
             table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for rows in answer_rows(status):
         for position, row in enumerate(rows):
-            cells = row.cells(status)
+            cells = row.cells(status)[: len(columns)]
             table.add_row(
                 *(Text(cell) for cell in (cells if position == 0 else ["", *cells[1:]])),
-                style="bold" if row.setting == "best" else None,
+                style="bold" if row.configuration == "best" else None,
                 end_section=position == len(rows) - 1,
             )
-    table.caption = answer_note(status)
     return table
 
 

@@ -43,7 +43,7 @@ from sweeps.preflight import agreed, device_named, estimate, load_data
 from sweeps.progress import open_view, print_line
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
-from sweeps.status import SweepStatus, TrialStatus, read_status
+from sweeps.status import StatusReader, SweepStatus, TrialStatus, read_status
 from sweeps.studies import Addition, create_or_resume, shown_url, stored_names, stored_sweep
 from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
 
@@ -166,9 +166,10 @@ def run_to_end(
     began = datetime.now()
     watcher = open_storage(storage_url, read_only=True)
 
+    reader = StatusReader(watcher, spec.name)
+
     def read() -> SweepStatus:
-        # Anew each time: another terminal may have raised the budget.
-        return with_retries(lambda: read_status(watcher, stored_sweep(watcher, spec.name)))
+        return with_retries(reader.read)
 
     status = read()
     requests_before = status.stop_requests

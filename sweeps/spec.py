@@ -6,7 +6,7 @@ A file has `title`, `question`, `source`, and the tables
 - `[each]`: axes that are enumerated, one Optuna study for each combination of their values;
   `[[each]]`, a list of combinations, where a product says too much;
 - `[search]`: what the sampler suggests, in Optuna's words;
-- `[[try]]`: known settings that run first;
+- `[[try]]`: known configurations that run first;
 - `[sampler]`, `[pruner]`: a class of Optuna's by name (`type`) and its arguments;
 - `[budget]`: how much may be spent;
 - `[workers]`: what a worker process is given;
@@ -113,7 +113,7 @@ class Try:
 
     Attributes:
         label: what outputs call it.
-        params: values of searched settings; the sampler fills in those left out.
+        params: values of searched parameters; the sampler fills in those left out.
         when: only in studies whose enumerated settings have one of these values.
     """
 
@@ -196,10 +196,6 @@ class SweepSpec:
             f"{name}={written(value)}" for name, value in cell.items()
         )
 
-    def study_names(self) -> list[str]:
-        """One name for each cell, in their order."""
-        return [self.study_name(cell) for cell in self.cells]
-
     def config(self, cell: Mapping[str, Value], params: Mapping[str, Value]) -> TrialConfig:
         """The training that a trial with `params` in the study of `cell` is.
 
@@ -213,7 +209,7 @@ class SweepSpec:
         return {name: min(r.ends(), key=_order) for name, r in self.search.items()}
 
     def edges(self) -> Iterator[dict[str, Value]]:
-        """Every combination of the searched settings' choices and ends, `MAX_EDGES` at most."""
+        """Every combination of the searched parameters' choices and ends, `MAX_EDGES` at most."""
         combinations = itertools.product(*(r.ends() for r in self.search.values()))
         for values in itertools.islice(combinations, MAX_EDGES):
             yield dict(zip(self.search, values, strict=True))
@@ -387,7 +383,26 @@ def read_table(name: str) -> tuple[dict[str, Any], str]:
     return table, found
 
 
+def written_alone(name: str) -> str | None:
+    """The text of a preset or a file that says everything itself; None if it extends another.
+
+    None too if there is none of this name.
+    """
+    if not name.endswith(".toml") and name not in presets():
+        return None
+    text, _ = _read_text(name)
+    return None if "extends" in tomllib.loads(text) else text
+
+
 def _read_one(name: str) -> tuple[dict[str, Any], str]:
+    text, found = _read_text(name)
+    try:
+        return tomllib.loads(text), found
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{name} is not TOML: {error}") from None
+
+
+def _read_text(name: str) -> tuple[str, str]:
     if name.endswith(".toml"):
         path = Path(name)
         try:
@@ -404,10 +419,7 @@ def _read_one(name: str) -> tuple[dict[str, Any], str]:
             )
         text = (resources.files("sweeps.presets") / f"{name}.toml").read_text(encoding="utf-8")
         found = name
-    try:
-        return tomllib.loads(text), found
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{name} is not TOML: {error}") from None
+    return text, found
 
 
 def presets() -> list[str]:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sweeps.config import Value
 from sweeps.limits import spent, stops
 from sweeps.spec import SweepSpec
-from sweeps.studies import LABEL, StoredSweep, SweepStudy
+from sweeps.studies import LABEL, StoredSweep, SweepStudy, stored_sweep
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
 
+    from storage.overview import OverviewReader, TrialOverview
     from sweeps.confirmation import Confirmation
 
 OUTCOME = "outcome"
@@ -31,6 +31,9 @@ OUTCOMES = ("complete", "pruned", "diverged", "failed")
 """How a trial can end. Optuna knows a diverged trial as PRUNED, so that the sampler learns
 from it, and a failed one as FAIL."""
 
+_TO_COME = {"WAITING": "queued", "RUNNING": "running"}
+_ENDED = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+
 
 @dataclass(frozen=True)
 class TrialStatus:
@@ -40,13 +43,13 @@ class TrialStatus:
         number: Optuna's, within the study.
         outcome: one of `OUTCOMES`, "running" or "queued".
         label: which `[[try]]` it is, or "".
-        params: the searched settings.
+        params: of the search.
         accuracy: validation accuracy, 0 to 1: the value of a complete trial, the latest score
             of any other; None before the first epoch.
         step: completed epochs, over all seeds.
         reason: why it diverged or failed, or "".
         seconds: time that its finished attempt took, or None.
-        images_per_second: of the latest epoch, or None.
+        images_per_second: of the latest epoch of a running trial, or None.
         worker: who runs it, or "".
     """
 
@@ -112,7 +115,7 @@ class SweepStatus:
     """A sweep: what it asks and how far its studies are.
 
     Attributes:
-        searched: the settings that the sampler suggests.
+        searched: the parameters that the sampler suggests.
         seeds: trainings that a trial's accuracy is the mean of.
         spent: which budget of time or epochs is spent, or "".
         stop_requests: how often its workers were asked to end.
@@ -170,60 +173,98 @@ class SweepStatus:
         }
 
 
+class StatusReader:
+    """Reads the state of one sweep again and again; trials that have ended are read once.
+
+    Args:
+        store: where it is.
+        name: which one.
+    """
+
+    def __init__(self, store: BaseStorage, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._sweep: StoredSweep | None = None
+        self._trials = trial_reader(store)
+
+    def read(self) -> SweepStatus:
+        """The state as it is now; another terminal may have raised the budget.
+
+        Raises:
+            SweepError: the store has no such sweep.
+            StorageError: as `read_status`.
+        """
+        self._sweep = stored_sweep(self._store, self._name, before=self._sweep)
+        return _status(self._store, self._sweep, self._trials)
+
+
 def read_status(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
-    """Read a sweep's state; writes nothing and takes no lock."""
+    """Read a sweep's state; writes nothing and takes no lock.
+
+    Raises:
+        StorageError: the store is neither a database nor served by `sweep serve`.
+    """
+    return _status(store, sweep, trial_reader(store))
+
+
+def trial_reader(store: BaseStorage) -> OverviewReader:
+    """Reads of trials what a `TrialStatus` says."""
+    from storage.leases import LEASE_ATTR
+    from storage.overview import OverviewReader
+
+    return OverviewReader(
+        store, user_attrs=(OUTCOME, LABEL, REASON, SECONDS), running_attrs=(LEASE_ATTR, CURVES)
+    )
+
+
+def _status(store: BaseStorage, sweep: StoredSweep, trials_of: OverviewReader) -> SweepStatus:
     spec = sweep.spec
+    read = trials_of.read(study.study_id for study in sweep.studies)
+    epochs = sum(trial.step or 0 for trials in read.values() for trial in trials)
     return SweepStatus(
         name=spec.name,
         title=spec.title,
         question=spec.question,
         searched=list(spec.search),
         seeds=spec.budget.seeds,
-        studies=[_read_study(store, spec, study) for study in sweep.studies],
-        spent=spent(store, sweep),
+        studies=[_study_status(spec, study, read[study.study_id]) for study in sweep.studies],
+        spent=spent(store, sweep, epochs=epochs),
         stop_requests=stops(store, sweep),
         confirms=spec.confirms,
     )
 
 
-def _read_study(store: BaseStorage, spec: SweepSpec, study: SweepStudy) -> StudyStatus:
+def _study_status(
+    spec: SweepSpec, study: SweepStudy, trials: Sequence[TrialOverview]
+) -> StudyStatus:
     config = spec.config(study.cell, spec.lowest_params())
-    trials = store.get_all_trials(study.study_id, deepcopy=False)
     return StudyStatus(
         name=study.name,
         cell=study.cell,
         budget=study.budget,
         validation=config.validation,
         steps_per_trial=config.epochs * spec.budget.seeds,
-        trials=[_read_trial(t) for t in trials if t.number < study.budget or t.state.is_finished()],
+        trials=[_trial_status(t) for t in trials if t.number < study.budget or t.finished],
         confirms=bool(spec.confirms),
     )
 
 
-def _read_trial(trial: FrozenTrial) -> TrialStatus:
+def _trial_status(trial: TrialOverview) -> TrialStatus:
     from storage.leases import LEASE_ATTR
 
-    state = trial.state.name
-    ended = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-    outcome = {"WAITING": "queued", "RUNNING": "running"}.get(state) or trial.user_attrs.get(
-        OUTCOME, ended.get(state, state)
-    )
-    last = trial.last_step
-    accuracy = trial.intermediate_values[last] if last is not None else None
-    if state == "COMPLETE":
-        accuracy = trial.value
-    curves = trial.system_attrs.get(CURVES, {}).get("images_per_second") or [None]
-    params = trial.params or trial.system_attrs.get("fixed_params", {})
-    lease = trial.system_attrs.get(LEASE_ATTR) or {}
+    attrs, running = trial.user_attrs, trial.system_attrs
+    outcome = _TO_COME.get(trial.state) or attrs.get(OUTCOME, _ENDED.get(trial.state, trial.state))
+    speeds = running.get(CURVES, {}).get("images_per_second") or [None]
+    lease = running.get(LEASE_ATTR) or {}
     return TrialStatus(
         number=trial.number,
         outcome=outcome,
-        label=trial.user_attrs.get(LABEL, ""),
-        params=params,
-        accuracy=accuracy,
-        step=last or 0,
-        reason=trial.user_attrs.get(REASON, ""),
-        seconds=trial.user_attrs.get(SECONDS),
-        images_per_second=curves[-1],
-        worker=lease.get("worker", "") if outcome == "running" else "",
+        label=attrs.get(LABEL, ""),
+        params=trial.params,
+        accuracy=trial.value if trial.state == "COMPLETE" else trial.last,
+        step=trial.step or 0,
+        reason=attrs.get(REASON, ""),
+        seconds=attrs.get(SECONDS),
+        images_per_second=speeds[-1],
+        worker=lease.get("worker", ""),
     )

@@ -43,7 +43,7 @@ from sweeps.errors import SpecError, SweepError, plural
 from sweeps.merging import (
     FIXED,
     MERGED_FROM,
-    StudyPlan,
+    StudyMerge,
     attribute,
     plan_study,
     stored_spec,
@@ -335,13 +335,13 @@ class _Import:
             self._say(line)
         return result
 
-    def _look(self) -> list[StudyPlan] | None:
+    def _look(self) -> list[StudyMerge] | None:
         """What would be done; refuses what must not be done."""
         engine = sql_engine(self._store)
         with engine.connect().execution_options(**{READ_ONLY_OPTION: True}) as connection:
             return self._plans(connection)
 
-    def _plans(self, connection: Connection) -> list[StudyPlan] | None:
+    def _plans(self, connection: Connection) -> list[StudyMerge] | None:
         """One plan for each study; None if the store does not have the sweep."""
         incoming = self._incoming
         ids = self._tables.ids(
@@ -430,7 +430,7 @@ class _Import:
         return text
 
     def _carry_out(
-        self, connection: Connection, plan: StudyPlan, placement: CheckpointPlacement
+        self, connection: Connection, plan: StudyMerge, placement: CheckpointPlacement
     ) -> list[str]:
         """Write what a plan says; return the checkpoints that are then of finished trials."""
         tables, name, finished = self._tables, plan.file.name, []

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from storage.engine import close_storage, open_storage
 from storage.retries import patience, with_retries
-from sweeps.confirmation import read_answer
+from sweeps.confirmation import with_confirmation
 from sweeps.progress import JsonView, View, open_view
-from sweeps.status import SweepStatus, read_status
+from sweeps.status import StatusReader, SweepStatus
 from sweeps.studies import shown_url, stored_sweep
 
 if TYPE_CHECKING:
@@ -33,10 +33,13 @@ def watch_sweep(name: str, storage_url: str, *, out: Console, as_json: bool) -> 
     """
     watcher = open_storage(storage_url, read_only=True)
 
+    reader = StatusReader(watcher, name)
+
     def read() -> SweepStatus:
-        # Anew each time: its budget may be raised. The view has no place for a confirmation.
-        look = read_answer if as_json else read_status
-        return with_retries(lambda: look(watcher, stored_sweep(watcher, name)))
+        status = with_retries(reader.read)
+        if not as_json:  # the view has no place for a confirmation
+            return status
+        return with_retries(lambda: with_confirmation(watcher, stored_sweep(watcher, name), status))
 
     try:
         with patience(f"the store at {shown_url(storage_url)}"), _view(out, as_json) as view:

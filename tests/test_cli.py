@@ -237,7 +237,9 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["start", "tiny.toml", "--workers", "0"], 2, "workers"),
         (["start", "tiny.toml", "--quick"], 2, "[quick]"),
         (["start", "tiny.toml", "--set", "dataset=images", "--data-dir", "nowhere"], 1, "nowhere"),
-        (["start", "tiny.toml", "--storage", "runs.db"], 1, "sqlite:///"),
+        (["start", "tiny.toml", "--storage", "runs.db"], 2, "sqlite:///"),
+        (["status", "--storage", "mongo://host/name"], 2, "no driver for mongo"),
+        (["report", "tiny", "--format", "gif"], 2, "'--format': 'gif' is not one of 'png', 'svg'"),
         (["start", "tiny.toml", "--storage", "sqlite:///no/folder.db"], 1, "folder"),
         (["start"], 2, "Missing argument"),
         (["strat"], 2, "strat"),
@@ -289,6 +291,18 @@ def test_show_prints_a_file_to_start_from(tmp_path: Path, preset: str) -> None:
     assert again.stdout == shown.stdout
     as_json = json.loads(run("show", preset, "--json", cwd=tmp_path).stdout)
     assert as_json["train"]["dataset"] == "cifar10"
+
+
+def test_show_keeps_the_comments_of_what_is_not_changed(tmp_path: Path) -> None:
+    whole = run("show", "fixup-largebatch", cwd=tmp_path).stdout
+    assert "#" in whole
+    (tmp_path / "mine.toml").write_text(whole)
+    assert run("show", "mine.toml", cwd=tmp_path).stdout == whole
+    changed = run("show", "mine.toml", "--set", "epochs=300", cwd=tmp_path).stdout
+    assert "#" not in changed
+    assert "epochs = 300\n" in changed
+    (tmp_path / "more.toml").write_text('extends = "mine.toml"  # and more\n')
+    assert "[search" in run("show", "more.toml", cwd=tmp_path).stdout
 
 
 def test_every_command_and_option_has_help() -> None:

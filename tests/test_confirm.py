@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers import (
     TRAIN,
     Command,
     begin,
+    begin_at,
     make_spec,
     make_worker,
     run,
@@ -27,8 +29,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
-from storage.engine import open_storage
+from storage.engine import close_storage, open_storage
 from storage.leases import LEASE_ATTR
+from storage.serve import StoreServer
 from storage.trials import TrialQueue
 from sweeps import objective, search
 from sweeps.cli import app
@@ -59,7 +62,9 @@ def add(
     store: BaseStorage, spec: SweepSpec, outcome: str, params: dict[str, Any], **more: Any
 ) -> None:
     """A trial as a worker leaves it; `value`, `curve`, `label` and `cell`."""
-    study = optuna.load_study(storage=store, study_name=spec.study_names()[more.get("cell", 0)])
+    study = optuna.load_study(
+        storage=store, study_name=spec.study_name(spec.cells[more.get("cell", 0)])
+    )
     state = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
     study.add_trial(
         create_trial(
@@ -155,9 +160,9 @@ def test_from_a_sweep_to_its_confirmation(tmp_path: Path) -> None:
     assert found["done"]
     assert found["seeds"] == [2, 3]
     (study,) = found["studies"]
-    assert study["settings"][0]["best"]
-    assert study["settings"][0]["found"] == before[best]
-    assert sum(len(s["runs"]) for s in study["settings"]) == len(first)
+    assert study["configurations"][0]["best"]
+    assert study["configurations"][0]["found"] == before[best]
+    assert sum(len(s["runs"]) for s in study["configurations"]) == len(first)
     assert records(trials(tmp_path, "tiny-confirm")) == records(first)
     # More seeds are exactly the missing runs.
     more = run("confirm", "tiny", "--seeds", "3", cwd=tmp_path)
@@ -175,6 +180,36 @@ def test_from_a_sweep_to_its_confirmation(tmp_path: Path) -> None:
     watched = run("status", "tiny", "--watch", "--json", cwd=tmp_path)
     assert json.loads(watched.stdout)["confirmation"]["seeds"] == [2, 3, 4]
     assert f"{sum(values) / 3:.4f} [" in run("status", "tiny-confirm", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "grpc"])
+def test_a_sweep_on_a_server_is_planned_and_confirmed(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with ExitStack() as stack:
+        if kind == "grpc":
+            server = StoreServer(url(tmp_path), "127.0.0.1", 0)
+            server.start()
+            stack.callback(server.stop, 0)
+            place = f"grpc://127.0.0.1:{server.port}"
+        else:
+            new_place: Callable[[], str] = request.getfixturevalue("postgres")
+            place = new_place()
+        where = ["--storage", place]
+        spec = make_spec(train={"epochs": 1}, budget={"trials": 1}, workers={"threads": 1})
+        store = begin_at(place, spec)
+        complete(store, spec, 0.05, 0.5)
+        done = run("confirm", "tiny", "--seeds", "2", "--json", *where, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        (configuration,) = found["studies"][0]["configurations"]
+        assert (found["done"], found["seeds"], configuration["found"]) == (True, [1, 2], 0.5)
+        for name, trials_in_all in (("tiny", 1), ("tiny-confirm", 2)):
+            planned = run("plan", name, "--seconds", "0", "--json", *where, cwd=tmp_path)
+            assert planned.returncode == 0, planned.stderr
+            told = json.loads(planned.stdout)
+            assert (told["total"]["trials"], told["remaining"]["trials"]) == (trials_in_all, 0)
+        close_storage(store, place)
 
 
 def stored(store: BaseStorage, name: str = "tiny") -> StoredSweep:
@@ -317,7 +352,7 @@ def test_a_run_that_diverges_counts_as_a_guess(tmp_path: Path) -> None:
     wild = [t for t in trials(tmp_path, "tiny-confirm") if t.params["peak_lr"] == 1e4]
     assert [t.user_attrs["outcome"] for t in wild] == ["diverged"] * 2
     assert [t.value for t in wild] == [0.1, 0.1]
-    (best, known) = confirmation(store).studies[0].settings
+    (best, known) = confirmation(store).studies[0].configurations
     assert known.labels == ["wild"]
     assert known.estimate is not None
     assert (known.estimate.mean, known.estimate.low) == (0.1, None)
@@ -350,8 +385,8 @@ def test_settings_seeds_and_their_order(tmp_path: Path) -> None:
     complete(store, spec, 0.1, 0.9)
     confirm(store, seeds=2)
     assert runs(tmp_path)[9:] == [(0.1, 0), (0.1, 3)]
-    settings = confirmation(store).studies[0].settings
-    assert [(s.setting, s.trial, len(s.runs)) for s in settings] == [
+    settings = confirmation(store).studies[0].configurations
+    assert [(s.name, s.trial, len(s.runs)) for s in settings] == [
         ("best", 5, 2), ("known", 0, 3), ("rank 2", 3, 3), ("rank 3", 4, 3),
     ]  # fmt: skip
 
@@ -364,7 +399,7 @@ def test_the_best_that_is_a_known_setting_runs_once(tmp_path: Path) -> None:
     complete(store, spec, 0.1, 0.7)
     confirm(store)
     assert runs(tmp_path) == [(0.05, 1), (0.05, 2)]
-    (only,) = confirmation(store).studies[0].settings
+    (only,) = confirmation(store).studies[0].configurations
     assert only.best
     assert set(only.labels) == {"known", "same"}
     assert only.versus is None
@@ -516,8 +551,12 @@ def test_the_numbers_of_a_confirmation(tmp_path: Path) -> None:
     store, _ = known_confirmation(tmp_path)
     found = confirmation(store)
     assert found.done
-    best, known, wild = found.studies[0].settings
-    assert (best.setting, known.setting, wild.setting) == ("best", "known", "wild")
+    best, known, wild = found.studies[0].configurations
+    assert (best.name, known.name, wild.name) == (
+        "best",
+        "known",
+        "wild",
+    )
     assert best.estimate is not None
     assert best.estimate.mean == pytest.approx(0.82)
     reach = stats.t.ppf(0.975, 2) * 0.02 / 3**0.5
@@ -538,7 +577,9 @@ def test_the_numbers_of_a_confirmation(tmp_path: Path) -> None:
     assert wild.versus.ahead.count == 2
     assert found.comparisons == 2
     assert known.versus.corrected == pytest.approx(2 * wanted)
-    assert json.loads(json.dumps(found.as_dict()))["studies"][0]["settings"][2]["diverged"] == 1
+    assert (
+        json.loads(json.dumps(found.as_dict()))["studies"][0]["configurations"][2]["diverged"] == 1
+    )
 
 
 def test_confirmed_is_told_as_confirmed_and_unconfirmed_as_unconfirmed(tmp_path: Path) -> None:
@@ -552,7 +593,7 @@ def test_confirmed_is_told_as_confirmed_and_unconfirmed_as_unconfirmed(tmp_path:
     assert "confirmed" not in table_markdown([before])
     confirm(store, seeds=2)
     begun = read_findings(store, stored_sweep(store, "tiny"))
-    assert "no run of a best setting with another seed has ended" in headline(begun)
+    assert "no run of a best configuration with another seed has ended" in headline(begun)
     assert "2 of 2 to come" in table_markdown([begun])
     finish(store, {(0.1, 1): 0.8, (0.1, 2): 0.82})
     after = read_findings(store, stored_sweep(store, "tiny"))
@@ -588,7 +629,7 @@ def test_a_confirmation_that_is_not_done_says_so(tmp_path: Path) -> None:
     assert "Confirmed so far (2 of 3 runs), on the test images" in headline(found)
     sentences = study_sentences(found, found.studies[0])
     assert sum("Confirmed so far (2 of 3 runs): 0." in s for s in sentences) == 2
-    known = confirmation(store).studies[0].settings[1]
+    known = confirmation(store).studies[0].configurations[1]
     assert known.versus is not None
 
 
@@ -599,7 +640,7 @@ def test_one_pair_is_no_comparison(tmp_path: Path) -> None:
     complete(store, spec, 0.05, 0.7, label="known")
     confirm(store, seeds=2)
     finish(store, {(0.1, 1): 0.8, (0.05, 1): 0.7, (0.1, 2): 0.81, (0.05, 2): "failed"})
-    known = confirmation(store).studies[0].settings[1]
+    known = confirmation(store).studies[0].configurations[1]
     assert known.versus is None
 
 
@@ -609,7 +650,7 @@ def test_a_sweep_on_the_test_images_says_that_they_took_part(tmp_path: Path) -> 
     complete(store, spec, 0.1, 0.9)
     confirm(store)
     make_worker(tmp_path, "tiny-confirm").run()
-    (best,) = confirmation(store).studies[0].settings
+    (best,) = confirmation(store).studies[0].configurations
     assert all(r.accuracy == r.validation_accuracy for r in best.runs)
     found = read_findings(store, stored_sweep(store, "tiny"))
     assert any("taken part in the choice" in note for note in notes(found))
@@ -631,7 +672,7 @@ def test_a_run_that_failed_is_tried_once_more(tmp_path: Path) -> None:
     assert len(runs(tmp_path)) == 5
     found = read_findings(store, stored_sweep(store, "tiny"))
     assert any("1 run failed and is left out" in note for note in notes(found))
-    (best,) = confirmation(store).studies[0].settings
+    (best,) = confirmation(store).studies[0].configurations
     assert [run.outcome for run in best.runs] == ["complete", "complete", "failed"]
     assert best.estimate is not None
     assert best.estimate.count == 2
@@ -643,7 +684,7 @@ def test_a_confirmation_picks_no_best_run(tmp_path: Path) -> None:
     assert status.studies[0].best is None
     assert status.confirmation is not None
     columns = [column.header for column in answer_table(status).columns]
-    assert columns[:4] == ["study", "setting", "runs", "found"]
+    assert columns[:4] == ["study", "configuration", "runs", "found"]
     assert {t.outcome for t in status.studies[0].trials} <= set(OUTCOMES)
 
 
@@ -669,7 +710,11 @@ def test_a_confirmation_moves_as_a_sweep_of_its_own(tmp_path: Path) -> None:
     # Without its sweep, its settings have the names that they were run under.
     alone = read_answer(open_storage(there), moved).confirmation
     assert alone is not None
-    assert {s.setting for s in alone.studies[0].settings} == {"#0", "known (#1)", "wild (#2)"}
+    assert {s.name for s in alone.studies[0].configurations} == {
+        "#0",
+        "known (#1)",
+        "wild (#2)",
+    }
 
 
 def test_two_machines_add_to_one_confirmation(tmp_path: Path) -> None:
@@ -695,7 +740,7 @@ def test_two_machines_add_to_one_confirmation(tmp_path: Path) -> None:
     finish(store, {(lr, s): 0.7 + s / 100 for lr in (0.1, 0.2) for s in (1, 2)})
     move("tiny-confirm", url(tmp_path), there)
     found = confirmation(open_storage(url(tmp_path)))
-    counts = [(s.setting, [r.seed for r in s.runs]) for s in found.studies[0].settings]
+    counts = [(s.name, [r.seed for r in s.runs]) for s in found.studies[0].configurations]
     assert counts == [("best", [1, 2, 3]), ("rank 2", [1, 2])]
     assert found.done
     # Where both have computed a run, one counts.
@@ -718,8 +763,8 @@ def test_where_nothing_is_searched_each_study_has_its_one_setting(tmp_path: Path
     confirm(store)
     make_worker(tmp_path, "tiny-confirm").run()
     for study in confirmation(store).studies:
-        (only,) = study.settings
-        assert (only.setting, only.trial, dict(only.params)) == ("best", 0, {})
+        (only,) = study.configurations
+        assert (only.name, only.trial, dict(only.params)) == ("best", 0, {})
         assert [run.seed for run in only.runs] == [3, 4]
         assert only.estimate is not None
         assert only.estimate.count == 2

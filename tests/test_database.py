@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,21 @@ import pytest
 from helpers import begin, begin_at, make_spec, make_worker, url
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState, create_trial
-from sqlalchemy import create_engine, event
+from optuna.storages._rdb.models import TrialModel
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import create_engine, event, update
 from test_storage import write_lock
 
-from storage.engine import READ_ONLY_OPTION, is_reading, open_storage, sql_engine
+from storage.engine import (
+    READ_ONLY_OPTION,
+    close_storage,
+    is_reading,
+    open_storage,
+    sql_engine,
+)
+from storage.leases import LEASE_ATTR
+from storage.overview import OverviewReader, TrialOverview
+from storage.serve import StoreServer
 from storage.trial_table import TrialTable
 from storage.trials import TrialQueue, enqueue
 from sweeps.run import _already_done
@@ -90,12 +101,90 @@ def test_everything_reads_as_optuna_reads_it(store_url: str, many: int) -> None:
     theirs.engine.dispose()
 
 
+def told(trials: Sequence[FrozenTrial]) -> list[TrialOverview]:
+    """What an overview says of trials, from all that Optuna reads of them."""
+    return [
+        TrialOverview(
+            number=trial.number,
+            state=trial.state.name,
+            value=trial.value,
+            step=trial.last_step,
+            last=None if trial.last_step is None else trial.intermediate_values[trial.last_step],
+            params=trial.params or trial.system_attrs.get("fixed_params", {}),
+            user_attrs={k: v for k, v in trial.user_attrs.items() if k in ("b", "label")},
+            system_attrs={k: v for k, v in trial.system_attrs.items() if k == LEASE_ATTR}
+            if trial.state == TrialState.RUNNING
+            else {},
+        )
+        for trial in trials
+    ]
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["direct", "served"])
+def test_an_overview_is_what_optuna_reads_but_for_the_curves(store_url: str, served: bool) -> None:
+    study = filled(store_url)
+    ids = [study._study_id, 1, 99]
+    slow = RDBStorage(store_url)
+    with ExitStack() as stack:
+        if served:
+            server = StoreServer(store_url, "127.0.0.1", 0)
+            server.start()
+            stack.callback(server.stop, 0)
+            fast = open_storage(f"grpc://127.0.0.1:{server.port}", read_only=True)
+        else:
+            fast = open_storage(store_url, read_only=True)
+        reader = OverviewReader(fast, user_attrs=["b", "label"], running_attrs=[LEASE_ATTR])
+
+        def same() -> None:
+            read = reader.read(ids)
+            assert read == {
+                **{i: told(slow.get_all_trials(i)) for i in (study._study_id, 1)}, 99: [],
+            }  # fmt: skip
+            for trial, its in zip(study.trials, read[study._study_id], strict=True):
+                assert list(its.params) == list(trial.params or its.params)
+            assert fast.get_n_trials(study._study_id) == len(study.trials)
+
+        same()
+        running = study.ask(fixed_distributions=SPACE)
+        running.report(0.5, 2)
+        same()
+        study.tell(running, 0.75)
+        optuna.load_study(storage=study._storage, study_name="other").add_trial(
+            create_trial(value=2.0)
+        )
+        same()
+        with pytest.raises(KeyError):
+            fast.get_n_trials(99)
+        close_storage(fast, f"grpc://127.0.0.1:{server.port}" if served else store_url)
+    slow.remove_session()
+    slow.engine.dispose()
+
+
+def test_trials_that_had_ended_are_read_again_where_one_came_between(tmp_path: Path) -> None:
+    """A transaction that commits late has the lower ids."""
+    store = open_storage(url(tmp_path))
+    study = optuna.create_study(storage=store)
+    study.add_trials([create_trial(value=value) for value in (0.1, 0.2, 0.3)])
+    late, other = study.trials[1]._trial_id, optuna.create_study(storage=store)
+    move = update(TrialModel.__table__).where(TrialModel.__table__.c.trial_id == late)
+    with sql_engine(store).begin() as connection:
+        connection.execute(move.values(study_id=other._study_id))
+    reader = OverviewReader(store)
+    assert [t.value for t in reader.read([study._study_id])[study._study_id]] == [0.1, 0.3]
+    with sql_engine(store).begin() as connection:
+        connection.execute(move.values(study_id=study._study_id))
+    assert [t.value for t in reader.read([study._study_id])[study._study_id]] == [0.1, 0.2, 0.3]
+
+
 def test_a_step_that_is_not_a_number_reads_as_one(tmp_path: Path) -> None:
     store = open_storage(url(tmp_path))
     study = optuna.create_study(storage=store)
     trial = study.ask()
     trial.report(math.nan, 1)
     assert math.isnan(store.get_trial(trial._trial_id).intermediate_values[1])
+    (read,) = OverviewReader(store).read([study._study_id])[study._study_id]
+    assert read.last is not None
+    assert math.isnan(read.last)
 
 
 def test_what_is_not_there_is_a_key_error(store_url: str) -> None:

@@ -513,7 +513,10 @@ def test_optuna_suggests_true_and_false() -> None:
 
 def test_an_enumerated_setting_of_true_or_false_names_studies_as_files_do() -> None:
     made = make_spec(each={"nesterov": [True, False]})
-    assert made.study_names() == ["tiny/nesterov=true", "tiny/nesterov=false"]
+    assert [made.study_name(cell) for cell in made.cells] == [
+        "tiny/nesterov=true",
+        "tiny/nesterov=false",
+    ]
 
 
 def test_a_sweep_over_true_and_false_runs_and_is_reported(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from helpers import make_spec, run, url
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
 from data.sources import load_dataset
 from storage.engine import open_storage
@@ -30,6 +31,7 @@ from sweeps.findings import (
 )
 from sweeps.importance import importance_shares
 from sweeps.page import default_folder, page_html, results_csv, table_markdown, write_report
+from sweeps.report import answer_table
 from sweeps.spec import SweepSpec
 from sweeps.status import CURVES
 from sweeps.studies import create_or_resume, stored_sweep
@@ -73,7 +75,7 @@ def add(
     reason: str = "",
 ) -> None:
     """A trial as a worker leaves it."""
-    study = optuna.load_study(storage=store, study_name=spec.study_names()[cell])
+    study = optuna.load_study(storage=store, study_name=spec.study_name(spec.cells[cell]))
     state = {
         "complete": TrialState.COMPLETE,
         "failed": TrialState.FAIL,
@@ -150,7 +152,7 @@ def test_table_md_is_the_answer(tmp_path: Path) -> None:
     assert table_markdown([findings(known_sweep(tmp_path))]) == (
         "## A &amp; B\n\n"
         "Does it run?\n\n"
-        "| study | setting | trial | outcome | accuracy | searched settings |\n"
+        "| study | configuration | trial | outcome | accuracy | parameters |\n"
         "|---|---|---:|---|---:|---|\n"
         "| global_batch_size=128 | best | #1 | complete | 0.8200 | peak_lr=0.2 warmup_epochs=1 |\n"
         "| global_batch_size=128 | post | #0 | complete | 0.8100 | peak_lr=0.1 warmup_epochs=0 |\n"
@@ -192,8 +194,8 @@ def test_captions_say_what_the_data_say(tmp_path: Path) -> None:
     assert list(drawn) == ["best", "curves", "map", "history", "savings"]
     assert drawn["best"].caption == (
         "The best accuracy falls from 0.8200 at global_batch_size = 128 to 0.6000 at 512.\nBars "
-        "are one standard error. Hollow: settings known beforehand. Crosses on the lower edge: "
-        "known settings that diverged."
+        "are one standard error. Hollow: known beforehand. Crosses on the lower edge: "
+        "known beforehand, and diverged."
     )
     assert "1 of the 2 trials that diverged; 1 did so before an epoch" in drawn["curves"].caption
     assert (
@@ -233,7 +235,7 @@ def test_what_others_wrote_is_text(tmp_path: Path) -> None:
 def test_a_sweep_of_which_nothing_has_ended(tmp_path: Path) -> None:
     store = create(tmp_path, known_spec())
     found = findings(store)
-    assert headline(found) == "No trial has completed yet, so there is no best setting."
+    assert headline(found) == "No trial has completed yet, so there is no best one."
     assert make_figures([found]) == []
     page = page_of(found)
     assert "0 of 8 trials have ended. 0 running and 8 queued" in page
@@ -277,7 +279,7 @@ def test_a_sweep_that_searches_nothing(tmp_path: Path) -> None:
     assert list(drawn) == ["best", "curves"]
     assert "Best: highest 0.8000 (norm=group,split=iid), lowest 0.5000" in drawn["best"].caption
     assert "Bars are the range over seeds." in drawn["best"].caption
-    assert "searched settings" not in table_markdown([found])
+    assert "parameters" not in table_markdown([found])
 
 
 def test_one_study_needs_no_comparison(tmp_path: Path) -> None:
@@ -533,3 +535,19 @@ def test_axes_say_which_images_an_accuracy_is_measured_on(tmp_path: Path) -> Non
     assert named(held) == {"validation accuracy"}
     assert named(test) == {"test accuracy"}
     assert "accuracy" in named(held, test)
+
+
+def test_what_an_answer_is_too_wide_for_stands_below_it(tmp_path: Path) -> None:
+    table = answer_table(findings(known_sweep(tmp_path)).status)
+
+    def shown(width: int) -> list[str]:
+        out = io.StringIO()
+        Console(file=out, width=width).print(table)
+        return [line.rstrip() for line in out.getvalue().splitlines()]
+
+    wide, narrow = shown(160), shown(80)
+    assert any("best" in line and "peak_lr=0.2 warmup_epochs=1" in line for line in wide)
+    assert not any("peak_lr" in line for line in narrow if "│" in line)
+    at = narrow.index("global_batch_size=128, best (#1):")
+    assert narrow[at + 1] == "  peak_lr=0.2 warmup_epochs=1"
+    assert max(map(len, narrow)) <= 80

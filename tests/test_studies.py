@@ -52,7 +52,7 @@ def test_a_creation_that_was_cut_short_is_completed(
     assert stored_names(store) == ["tiny"]
     sweep = stored_sweep(store, "tiny")
     assert sweep.spec == spec
-    assert [study.name for study in sweep.studies] == spec.study_names()
+    assert [study.name for study in sweep.studies] == [spec.study_name(cell) for cell in spec.cells]
     for study in sweep.studies:
         labels = [t.user_attrs["label"] for t in trials(tmp_path, study.name)]
         assert labels == ["known", "other"]
@@ -63,8 +63,8 @@ def edited(tmp_path: Path, **changes: Any) -> list[list[str]]:
     spec = make_spec(**{**CELLS, **changes})
     begin(tmp_path, spec)
     return [
-        [t.user_attrs.get("label", "") for t in trials(tmp_path, name)]
-        for name in spec.study_names()
+        [t.user_attrs.get("label", "") for t in trials(tmp_path, spec.study_name(cell))]
+        for cell in spec.cells
     ]
 
 

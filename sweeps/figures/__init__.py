@@ -13,8 +13,8 @@ from sweeps.figures.best import best_by_axis
 from sweeps.figures.course import epochs_saved, optimization_history
 from sweeps.figures.curves import validation_curves
 from sweeps.figures.divergence import divergence_map
+from sweeps.figures.parameters import accuracy_by_parameter, parameter_importance
 from sweeps.figures.parts import Entry, Figure, Panel
-from sweeps.figures.settings import accuracy_by_setting, setting_importance
 from sweeps.findings import Findings
 
 __all__ = ["Figure", "Panel", "make_figures"]
@@ -27,9 +27,9 @@ def make_figures(sweeps: Sequence[Findings]) -> list[Figure]:
         best_by_axis,
         validation_curves,
         divergence_map,
-        accuracy_by_setting,
+        accuracy_by_parameter,
         optimization_history,
-        setting_importance,
+        parameter_importance,
         epochs_saved,
     )
     return [figure for figure in (make(entries) for make in makers) if figure is not None]

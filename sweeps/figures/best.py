@@ -28,7 +28,7 @@ from sweeps.findings import StudyFindings
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Layout:
     """What tells the studies of a report apart.
 
     Attributes:
@@ -42,15 +42,15 @@ class Comparison:
     lines: Mapping[str, list[Entry]]
 
 
-def compare(entries: list[Entry]) -> Comparison:
+def compare(entries: list[Entry]) -> Layout:
     """Find the axis that studies are compared along, the batch size before any other."""
     axis = _axis(entries)
     if axis is None:
-        return Comparison(None, {e.index: wrap(e.name) for e in entries}, {"best": entries})
+        return Layout(None, {e.index: wrap(e.name) for e in entries}, {"best": entries})
     lines: dict[str, list[Entry]] = {}
     for entry in entries:
         lines.setdefault(_line_name(entries, entry, axis), []).append(entry)
-    return Comparison(axis, {e.index: getattr(e.study.config, axis) for e in entries}, lines)
+    return Layout(axis, {e.index: getattr(e.study.config, axis) for e in entries}, lines)
 
 
 def best_by_axis(entries: list[Entry]) -> Figure | None:
@@ -146,7 +146,7 @@ def _line(
     for outcome, mark in (("complete", f"{symbol}-open"), ("diverged", "x-thin-open")):
         tries = [(e, t) for e, t in known if t.outcome == outcome]
         if tries:
-            label = "known settings" if outcome == "complete" else "known, diverged"
+            label = "known beforehand" if outcome == "complete" else "known, diverged"
             traces.append(
                 {
                     "type": "scatter",
@@ -225,9 +225,9 @@ def _best_caption(
         keys.append(f"Bars are {bars}.")
     tries = [t.outcome for e in every for t in labelled(e)]
     if "complete" in tries:
-        keys.append("Hollow: settings known beforehand.")
+        keys.append("Hollow: known beforehand.")
     if "diverged" in tries:
-        keys.append("Crosses on the lower edge: known settings that diverged.")
+        keys.append("Crosses on the lower edge: known beforehand, and diverged.")
     return "\n".join([*said, " ".join(keys)] if keys else said)
 
 

@@ -34,7 +34,7 @@ FEWEST = 5
 
 
 def is_mapped(entry: Entry) -> bool:
-    """Whether a study searches both settings of the map."""
+    """Whether a study searches both parameters of the map."""
     return {"peak_lr", "warmup_epochs"} <= set(entry.sweep.status.searched)
 
 
@@ -250,7 +250,7 @@ def _map_caption(
     parts = [
         f"Filled: complete, coloured by accuracy{f' ({scale})' if scale else ''}.",
         *mark_key(seen, "Hollow: pruned, by their last accuracy.", "Crosses: diverged."),
-        *(["Squares: settings known beforehand."] if any(t.label for t in seen) else []),
+        *(["Squares: known beforehand."] if any(t.label for t in seen) else []),
         *(["Star: the best."] if any(e.study.status.best for e in drawn) else []),
     ]
     found = [cliff for cliff in cliffs.values() if cliff is not None]

@@ -173,7 +173,7 @@ def make_points(
     x: str,
     y: str,
 ) -> dict[str, Any]:
-    """Trials as markers in the plane of two searched settings."""
+    """Trials as markers in the plane of two parameters."""
     group = [t for t in group if x in t.params and y in t.params]
     return {
         "type": "scatter",

@@ -1,4 +1,4 @@
-"""Accuracy against each other searched setting, and which of them matter."""
+"""Accuracy against each other parameter, and which of them matter."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from sweeps.spec import Range
 
 
-def accuracy_by_setting(entries: list[Entry]) -> Figure | None:
-    """Accuracy against each searched setting that the map does not have."""
+def accuracy_by_parameter(entries: list[Entry]) -> Figure | None:
+    """Accuracy against each parameter that the map does not have."""
     names = list(dict.fromkeys(name for e in entries for name in e.sweep.status.searched))
     shown = [e for e in entries if e.drawable]
     panels, said = [], []
@@ -87,12 +87,12 @@ def accuracy_by_setting(entries: list[Entry]) -> Figure | None:
         "Crosses on the lower edge: diverged.",
     )
     others = "; the others differ too" if len(names) > 1 else ""
-    caption = " ".join([f"Each trial by one searched setting{others}. Filled: complete.", *key])
+    caption = " ".join([f"Each trial by one parameter{others}. Filled: complete.", *key])
     if chosen:
         caption += " Studies stand side by side in each choice."
     return Figure(
         "settings",
-        "Accuracy against searched settings",
+        "Accuracy against parameters",
         make_caption([caption, *left_out(shown), *thinning(thinned, most)], said),
         panels,
     )
@@ -106,7 +106,7 @@ def _slice_points(
     floor: float,
     place: tuple[int, int],
 ) -> list[dict[str, Any]]:
-    """One study's trials by one setting; `place` is its own among the studies of the panel."""
+    """One study's trials by one parameter; `place` is its own among the studies of the panel."""
     traces: list[dict[str, Any]] = []
     many = len(trials) * place[1] > 120
     for outcome in ("complete", "pruned", "diverged"):
@@ -154,7 +154,7 @@ def _beside(trial: TrialStatus, choice: int, place: tuple[int, int]) -> float:
 
 
 def _choices(drawn: list[Entry], name: str) -> list[str]:
-    """All choices of a setting, as text: sweeps may differ in them, and specs be edited."""
+    """All choices of a parameter, as text: sweeps may differ in them, and specs be edited."""
     offered = [c for e in drawn for c in e.sweep.spec.search[name].choices or ()]
     taken = [t.params[name] for e in drawn for t in e.drawable if name in t.params]
     return list(dict.fromkeys(map(written, (*offered, *taken))))
@@ -168,8 +168,8 @@ def _searched_axis(name: str, space: Range, choices: list[str]) -> dict[str, Any
     return {**axis, "type": "log", **log_ticks()} if space.log else axis
 
 
-def setting_importance(entries: list[Entry]) -> Figure | None:
-    """How much each searched setting matters, by study."""
+def parameter_importance(entries: list[Entry]) -> Figure | None:
+    """How much each parameter matters, by study."""
     shown = [e for e in entries if e.study.importance]
     if not shown:
         return None
@@ -197,9 +197,9 @@ def setting_importance(entries: list[Entry]) -> Figure | None:
     )
     layout["barmode"] = "group"
     parts = [
-        "How much the values of a setting in the better complete trials differ from those in "
+        "How much the values of a parameter in the better complete trials differ from those in "
         "all complete ones (PED-ANOVA); the shares of a study add to one. Trials that diverged "
-        "or were pruned do not count, so a setting that decides about divergence can look minor."
+        "or were pruned do not count, so a parameter that decides about divergence can look minor."
     ]
     said = []
     for entry in drawn:
@@ -210,7 +210,7 @@ def setting_importance(entries: list[Entry]) -> Figure | None:
         parts.append("Too few complete trials to tell: " + ", ".join(few) + ".")
     return Figure(
         "importance",
-        "Which settings matter",
+        "Which parameters matter",
         make_caption([*parts, *left_out(shown)], said),
         [Panel("", make_plot(traces, layout))],
     )
