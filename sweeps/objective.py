@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data.batches import DeviceBatches, channel_statistics, normalise, updates_per_epoch
 from data.sources import Dataset, load_dataset, split_train
 from data.splits import split_devices
-from models import build_model, classifier_parameters, parameter_groups
+from models import build_model, classifier_parameters, parameter_groups, stacked_forward
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig, Value
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
@@ -315,6 +315,7 @@ class Objective:
                 class_counts=_class_counts(prepared, len(self._dataset.classes)),
                 classifier=classifier,
                 autocast_dtype=dtype,
+                stacked_forward=stacked_forward(model),
             )
         updates = batches.updates_per_epoch
         schedule = Schedule(

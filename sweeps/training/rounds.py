@@ -138,7 +138,7 @@ class SynchronousSGD:
                 lr=0.0,
                 momentum=settings.momentum,
                 nesterov=settings.nesterov,
-                fused=True if device.type == "cuda" else None,
+                fused=True,
             )
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor:
