@@ -299,8 +299,9 @@ class Objective:
         algorithm: SynchronousSGD | FederatedAveraging
         if config.algorithm == "sync-sgd":
             algorithm = SynchronousSGD(
-                model, groups, settings, classifier=classifier, autocast_dtype=dtype
-            )
+                model, groups, settings, classifier=classifier, autocast_dtype=dtype,
+                compiled=compiles(config, self._device),
+            )  # fmt: skip
         else:
             algorithm = FederatedAveraging(
                 model,
@@ -481,6 +482,14 @@ def _memory_format(config: TrialConfig, device: torch.device) -> torch.memory_fo
     if device.type == "cpu" and grouped and narrow:
         return torch.contiguous_format
     return torch.channels_last
+
+
+def compiles(config: TrialConfig, device: torch.device) -> bool:
+    """Whether a trial's network is compiled."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    # On CPUs it takes as long as a short trial, and Fixup is slower with it.
+    return device.type == "cuda" and config.algorithm == "sync-sgd" and ":" not in config.model
 
 
 def autocast_dtype(config: TrialConfig, device: torch.device) -> torch.dtype | None:

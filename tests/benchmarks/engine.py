@@ -37,14 +37,10 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
@@ -228,8 +224,10 @@ def row(name: str, case: str, unit: str, work: float, own: list[float], other: l
         "baseline": work / statistics.median(other), "ratio": statistics.median(ratios),
         "lowest": min(ratios), "highest": max(ratios), "target": target, "rounds": len(own),
     }  # fmt: skip
-    met = "" if target is None else f"  target {target:g}" + (
-        "" if made["ratio"] >= target else ", missed"
+    met = (
+        ""
+        if target is None
+        else f"  target {target:g}" + ("" if made["ratio"] >= target else ", missed")
     )
     print(
         f"{name:<13}{case:<44}{made['ours']:>10,.4g} {unit} against {made['baseline']:>8,.4g}: "
@@ -286,7 +284,7 @@ def epoch_row(args: argparse.Namespace) -> Iterator[Row]:
             )
             for d in range(D)
         ]  # fmt: skip
-        ready = [[*zip(*map(list, zip(*loader, strict=True)), strict=True)] for loader in loaders]
+        ready = [list(loader) for loader in loaders]
 
         def plain(loaders=loaders, model=model, optimizer=optimizer) -> None:
             for batches in zip(*loaders, strict=False):
@@ -351,7 +349,6 @@ def convolutions_row(args: argparse.Namespace) -> Iterator[Row]:
         for place, (conv, shape) in enumerate(layers):
             kind = (conv.out_channels, conv.kernel_size, conv.stride, shape, place == 0)
             unique[kind] = unique.get(kind, 0) + 1
-        steps: list[list[float]] = []
         own, _ = take_turns(ours, [], rounds=args.rounds)
         for kind, times in unique.items():
             conv, shape = next(
@@ -362,7 +359,6 @@ def convolutions_row(args: argparse.Namespace) -> Iterator[Row]:
             _, seen = take_turns(ours=lambda: None, others=tried, rounds=args.rounds)
             best = min(seen, key=statistics.median)
             alone = [total + times * value for total, value in zip(alone, best, strict=True)]
-        steps.append(alone)
         more, _ = take_turns(ours, [], rounds=args.rounds)
         own = [statistics.median((a, b)) for a, b in zip(own, more, strict=True)]
         yield row(
@@ -415,6 +411,16 @@ def fedavg_row(args: argparse.Namespace) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    """The eager loop of the tutorials, on a GPU."""
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images.to("cuda")), labels.to("cuda"))
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
 def gpu_row(args: argparse.Namespace) -> Iterator[Row]:
     """ResNet-18 on a GPU."""
     if not torch.cuda.is_available():
@@ -433,18 +439,6 @@ def gpu_row(args: argparse.Namespace) -> Iterator[Row]:
             dataset = made_up(max(batch * updates, 10_000), 32)
             config = trial(model="resnet18", norm=norm, global_batch_size=batch)
             memory = {}
-
-            def plain_epoch(model, optimizer, loader) -> int:
-                seen = 0
-                for images, labels in loader:
-                    optimizer.zero_grad()
-                    loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-                    loss.backward()
-                    optimizer.step()
-                    loss.item()
-                    seen += len(labels)
-                return seen
-
             model = network("resnet18", norm, 1.0, dataset, 32).to(device)
             # A whole epoch of PIL images would outlast what is measured.
             few = Subset(pictures(dataset, augment=True), range(batch * max(2, 4096 // batch)))
@@ -453,10 +447,8 @@ def gpu_row(args: argparse.Namespace) -> Iterator[Row]:
             optimizer = optimizer_of(model)
             # Its loop alone, on a batch that is there: how much of the ratio is the pipeline's.
             ready = [(torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10)] * 4
-            own_started = clock()
             plain_epoch(model, optimizer, ready[:1])
             memory["baseline"] = torch.cuda.max_memory_allocated()
-            del own_started
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             ours = Ours(config, dataset, device)
