@@ -1,8 +1,8 @@
 """The residual networks with weights of their own for each of D devices, in one pass.
 
-The devices' channels lie side by side, ``[b, D * C, H, W]``: a convolution is one of D groups, Group
-Normalization one of D times the groups, Batch Normalization one over D times the channels. So
-small networks pay the overhead of one pass for D of them, and no map is copied or moved.
+The devices' channels lie side by side, ``[b, D * C, H, W]``: a convolution is one of D groups,
+Group Normalization one of D times the groups, Batch Normalization one over D times the channels.
+So small networks pay the overhead of one pass for D of them, and no map is copied or moved.
 ``torch.func.vmap`` takes any network, and twice as long here, since it moves the devices in front
 of the samples at every norm.
 """
