@@ -58,15 +58,19 @@ class _Stack:
         else:
             x = F.relu(self._norm("norm", model.norm, self._conv("conv", model.conv, x)))
         for place, block in enumerate(model.residual_blocks):
-            step = self._fixup_block if isinstance(block, FixupBlock) else self._block
-            x = step(f"residual_blocks.{place}.", block, x)  # type: ignore[operator]
+            at = f"residual_blocks.{place}."
+            if isinstance(block, FixupBlock):
+                x = self._fixup_block(at, block, x)
+            elif isinstance(block, ResidualBlock):
+                x = self._block(at, block, x)
         features = x.mean(dim=(2, 3)).unflatten(1, (D, -1))  # [b, D, F]
         if isinstance(model, FixupResNet):
             features = features + self._scalar("bias2", features.dtype)
         features = normalise_features(features.flatten(0, 1), model.feature_norm)
         features = features.unflatten(0, (-1, D)).transpose(0, 1)  # [D, b, F]
         weight, bias = self._tensors["fc.weight"], self._tensors["fc.bias"]
-        return torch.baddbmm(bias.unsqueeze(1), features, weight.mT).transpose(0, 1).flatten(0, 1)
+        logits = torch.baddbmm(bias.unsqueeze(1), features, weight.mT)  # [D, b, classes]
+        return logits.transpose(0, 1).flatten(0, 1)
 
     def _block(self, at: str, block: ResidualBlock, x: Tensor) -> Tensor:
         out = F.relu(
@@ -119,7 +123,8 @@ class _Stack:
 
     def _add(self, x: Tensor, scalar: str) -> Tensor:
         added = self._scalar(scalar, x.dtype).view(-1, 1, 1, 1)
-        return (x.unflatten(1, (self._devices, -1)) + added).flatten(1, 2)
+        out: Tensor = x.unflatten(1, (self._devices, -1)) + added
+        return out.flatten(1, 2)
 
     def _scalar(self, name: str, dtype: torch.dtype) -> Tensor:
         return self._tensors[name].to(dtype)  # [D, 1]

@@ -475,6 +475,10 @@ def _memory_format(config: TrialConfig, device: torch.device) -> torch.memory_fo
         return torch.contiguous_format  # torch.func.vmap handles no other throughout
     if ":" in config.model:
         return torch.contiguous_format  # a user's own code may view a tensor as another shape
+    # On CPUs each device's own Batch Normalization views them as channels of a contiguous tensor;
+    # to and from another layout takes 10 to 20 % of a step of ResNet-8 and -18.
+    if device.type == "cpu" and config.norm == "batch":
+        return torch.contiguous_format
     # On CPUs PyTorch's Group Normalization is slower on channels-last tensors, which narrow
     # networks do not win back in their convolutions.
     grouped = config.norm in ("group", "layer", "instance")

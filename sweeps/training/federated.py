@@ -382,13 +382,10 @@ class FederatedAveraging:
             else:
                 mapped = vmap(logits_of, in_dims=(0, 0, 1), out_dims=1)
                 logits = mapped(self._local, buffers, images).flatten(0, 1)
-            losses = F.cross_entropy(
-                logits,
-                batch.labels,
-                label_smoothing=self._label_smoothing,
-                reduction="none",
+            of_images = F.cross_entropy(
+                logits, batch.labels, label_smoothing=self._label_smoothing, reduction="none"
             )
-            losses = losses.unflatten(0, (per_device, m)).mean(dim=0)
+            losses: Tensor = of_images.unflatten(0, (per_device, m)).mean(dim=0)
         if m < self._num_devices:
             for name, rows in buffers.items():
                 self._buffers[name].index_copy_(0, self._participants, rows)
