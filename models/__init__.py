@@ -1,7 +1,8 @@
 """ResNets for training with or without BatchNorm on simulated devices.
 
 ``build_model`` is the only entry; ``parameter_groups`` splits what it returns for the optimizer,
-and ``classifier_parameters`` names those of the last layer.
+``classifier_parameters`` names those of the last layer, and ``stacked_forward`` passes images
+through copies with weights of their own.
 A model is called as ``model(x, blocks)`` with the fused batch of all devices; ``DeviceBlocks``
 says which sample belongs to which device.
 """
@@ -23,10 +24,11 @@ from models.norms import (
 )
 from models.own import build_own
 from models.resnet import FEATURE_NORMS, LAYOUTS, MODELS, Layout, ResNet
+from models.stacked import stacked_forward
 
 __all__ = [
     "FEATURE_NORMS", "MODELS", "NORMS", "DeviceBlocks", "build_model", "classifier_parameters",
-    "parameter_groups",
+    "parameter_groups", "stacked_forward",
 ]  # fmt: skip
 
 

@@ -57,10 +57,12 @@ class FixupBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def branch(self, shifted: Tensor) -> Tensor:
-        """Return the residual branch for an input that ``bias1a`` was already added to."""
-        out = F.relu(_add(self.conv1(shifted), self.bias1b))
-        out = self.conv2(_add(out, self.bias2a))
-        return _add(out * self.scale.squeeze(0), self.bias2b)
+        """Return the residual branch for an input that ``bias1a`` was already added to.
+
+        Scale and biases behind a convolution are given to it, which spares passes over its maps.
+        """
+        out = F.relu(_convolve(self.conv1, shifted, self.bias1b))
+        return _convolve(self.conv2, _add(out, self.bias2a), self.bias2b, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block: the shifted input feeds a changing shortcut, the plain one passes."""
@@ -111,7 +113,7 @@ class FixupResNet(nn.Module):
             ValueError: images of another shape than the model was built for.
         """
         check_images(x, self.in_channels, self.image_size)
-        out = F.relu(_add(self.conv(x), self.bias1))
+        out = F.relu(_convolve(self.conv, x, self.bias1))
         for block in self.residual_blocks:
             out = block(out)
         features = normalise_features(_add(out.mean(dim=(2, 3)), self.bias2), self.feature_norm)
@@ -142,7 +144,13 @@ def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _add(x: Tensor, scalar: Tensor) -> Tensor:
     # Unlike shape [1], a 0-dim float32 tensor leaves bfloat16 activations in bfloat16.
-    return x + scalar.squeeze(0)
+    return x + (scalar if x.dtype == scalar.dtype else scalar.squeeze(0))
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return ``scale * conv(x) + bias`` for scalars of shape ``[1]``."""
+    weight = conv.weight if scale is None else conv.weight * scale
+    return F.conv2d(x, weight, bias.expand(conv.out_channels), conv.stride, conv.padding)
 
 
 def _init_normal(conv: nn.Conv2d, gain: float = 1.0) -> None:

@@ -386,6 +386,15 @@ class TrialConfig:
         str,
         choices=("auto", "float32", "bfloat16"),
     )
+    compile: str = _setting(
+        "auto",
+        "Whether `torch.compile` compiles the network, once for each structure and batch: `auto` "
+        "does on a GPU, for `sync-sgd` and the networks that come with Sweep. What cannot be "
+        "compiled trains uncompiled.",
+        str,
+        choices=("auto", "on", "off"),
+        searchable=False,
+    )
     seed: int = _setting(
         0, "Seed of the weights, the order of the images and their augmentation.", int, low=0,
         searchable=False,
@@ -464,6 +473,11 @@ class TrialConfig:
                     "'fedavg' and 'scaffold'"
                 )
             return
+        if self.compile == "on":
+            raise SpecError(
+                f"compile = 'on' has no meaning for algorithm = {self.algorithm!r}, whose devices "
+                "have weights of their own; it belongs to 'sync-sgd'"
+            )
         if self.global_batch_size % self.devices_per_round:
             raise SpecError(
                 f"global_batch_size = {self.global_batch_size} does not give {self._devices()} "

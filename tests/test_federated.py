@@ -12,7 +12,13 @@ from helpers import TRAIN, clip_units_slowly
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import FEATURE_NORMS, build_model, classifier_parameters, parameter_groups
+from models import (
+    FEATURE_NORMS,
+    build_model,
+    classifier_parameters,
+    parameter_groups,
+    stacked_forward,
+)
 from sweeps import config, objective
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
@@ -75,8 +81,9 @@ def make_algorithm(
     rules: FederatedSettings,
     num_devices: int = D,
     image_counts: list[int] | None = None,
+    stacked: bool = True,
 ) -> FederatedAveraging:
-    """D devices a round, of `num_devices`."""
+    """D devices a round, of `num_devices`; mapped over if not `stacked`."""
     model = make_model(norm, num_devices)
     return FederatedAveraging(
         model,
@@ -88,6 +95,7 @@ def make_algorithm(
         image_counts=image_counts,
         class_counts=CLASS_COUNTS[:num_devices],
         classifier=classifier_parameters(model),
+        stacked_forward=stacked_forward(model) if stacked else None,
     )
 
 
@@ -430,20 +438,67 @@ def test_batch_normalization_keeps_each_devices_statistics(norm: str, name: str)
 def test_large_steps_take_the_devices_one_by_one(
     norm: str, partial: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same numbers."""
+    """With the same numbers, and so does the map over devices that users' networks go through."""
     rules = replace(RULES["all at once"], local_steps=3)
     batches = make_partial_batches(2, 3) if partial else make_batches(7)
-    mapped, single = (make_algorithm(norm, LOCAL, rules, ALL if partial else D) for _ in range(2))
+    all_devices = ALL if partial else D
+    stacked, single = (make_algorithm(norm, LOCAL, rules, all_devices) for _ in range(2))
+    mapped = make_algorithm(norm, LOCAL, rules, all_devices, stacked=False)
     for u, batch in enumerate(batches):
         monkeypatch.setattr(federated, "LARGE_STEP", 10**9)
-        loss = mapped.round(batch, learning_rate(u))
+        losses = [way.round(batch, learning_rate(u)) for way in (stacked, mapped)]
         monkeypatch.setattr(federated, "LARGE_STEP", 0)
-        torch.testing.assert_close(
-            loss, single.round(batch, learning_rate(u)), rtol=1e-10, atol=1e-10
-        )
-    for name, value in mapped.global_model().state_dict().items():
-        other = single.global_model().state_dict()[name]
-        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-10, msg=name)
+        wanted = single.round(batch, learning_rate(u))
+        for loss in losses:
+            torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=1e-10)
+    for name, value in single.global_model().state_dict().items():
+        for way in (stacked, mapped):
+            other = way.global_model().state_dict()[name]
+            torch.testing.assert_close(other, value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("feature_norm", FEATURE_NORMS)
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance", "fixup"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet18"])
+def test_a_stacked_pass_equals_a_pass_for_each_network(
+    name: str, norm: str, feature_norm: str
+) -> None:
+    """Logits, gradients and statistics, of networks that are not alike."""
+    side = 16 if norm == "instance" else 8
+    models = [
+        build_model(
+            name, norm=norm, num_classes=CLASSES, image_size=side, width_factor=0.125,
+            num_groups=2, feature_norm=feature_norm, seed=seed,
+        ).double().train()
+        for seed in range(D)
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    for parameter in (p for model in models for p in model.parameters()):
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data += 0.1 * noise  # weights and scales that start at zero hide the others
+    images = torch.randn(2 * D, 3, side, side, generator=generator, dtype=torch.float64)
+    parameters = {
+        n: torch.stack([m.get_parameter(n).detach() for m in models]).requires_grad_()
+        for n, _ in models[0].named_parameters()
+    }
+    buffers = {
+        n: torch.stack([m.get_buffer(n).clone() for m in models])
+        for n, _ in models[0].named_buffers()
+    }
+    forward = stacked_forward(models[0])
+    assert forward is not None
+    logits = forward(parameters, buffers, images)
+    logits.square().sum().backward()
+    for d, model in enumerate(models):
+        own = model(images[d::D], ((None, 2),))
+        torch.testing.assert_close(logits[d::D], own, rtol=1e-10, atol=1e-10)
+        own.square().sum().backward()
+        for n, p in model.named_parameters():
+            stacked = parameters[n].grad
+            assert stacked is not None
+            torch.testing.assert_close(stacked[d], p.grad, rtol=1e-9, atol=1e-9, msg=n)
+        for n, b in model.named_buffers():
+            torch.testing.assert_close(buffers[n][d], b, rtol=1e-10, atol=1e-10, msg=n)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "all at once"])

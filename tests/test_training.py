@@ -1,6 +1,8 @@
 """The training engine: exact on problems small enough to check, and able to go on anywhere."""
 
 import copy
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,13 +12,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batches import DeviceBatches
 from models import build_model, parameter_groups
 from sweeps.config import TrialConfig
-from sweeps.objective import Objective, open_dataset
+from sweeps.errors import SpecError
+from sweeps.objective import Objective, compiles, open_dataset
+from sweeps.training import rounds
+from sweeps.training.compiled import CompiledNetwork
 from sweeps.training.loop import (
     Diverged,
     EpochResult,
@@ -183,6 +191,8 @@ def training(
     kind: str = "plateau",
     should_stop: Callable[[], bool] = lambda: False,
     seed: int = 0,
+    settings: SGDSettings | None = None,
+    compiled: bool = False,
 ) -> tuple[Training, nn.Module]:
     generator = torch.Generator().manual_seed(5)
     labels = torch.arange(200) % 10
@@ -200,7 +210,9 @@ def training(
     )  # fmt: skip
     val = (images[:50].float() / 255 - 0.5) / 0.25
     return Training(
-        algorithm=SynchronousSGD(model, parameter_groups(model), SGDSettings()),
+        algorithm=SynchronousSGD(
+            model, parameter_groups(model), settings or SGDSettings(), compiled=compiled
+        ),
         batches=batches,
         evaluate=lambda: evaluate(model, [val[:30], val[30:]], labels[:50]),
         schedule=Schedule(
@@ -347,3 +359,113 @@ def test_evaluation_is_exact_and_leaves_the_model_in_training_mode() -> None:
     assert classes == logits.argmax(1).unique().numel()
     assert logit_range == max((logits[:, c].max() - logits[:, c].min()).item() for c in range(3))
     assert model.training
+
+
+# Compiling. "aot_eager" does all of it but the last step, the code for the machine.
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """How many graphs were compiled since."""
+    torch._dynamo.reset()
+    counters.clear()
+    quick = functools.partial(CompiledNetwork, backend="aot_eager")
+    monkeypatch.setattr(rounds, "CompiledNetwork", quick)
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("norm", ["batch", "fixup"])
+def test_trials_of_one_shape_are_compiled_once(norm: str, graphs: Callable[[], int]) -> None:
+    """Whatever their seeds, rates and smoothing; and they learn what uncompiled ones do."""
+    for seed, peak_lr, smoothing in ((0, 0.1, 0.0), (1, 0.05, 0.1)):
+        settings = SGDSettings(label_smoothing=smoothing)
+        runs = [
+            training(2, norm=norm, seed=seed, peak_lr=peak_lr, settings=settings, compiled=way)[0]
+            for way in (True, False)
+        ]
+        losses = [[result.train_loss for result in run.run()] for run in runs]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert graphs() == 1
+
+
+def test_a_resumed_training_that_is_compiled_equals_one_never_stopped(
+    graphs: Callable[[], int],
+) -> None:
+    whole, _ = training(2, compiled=True)
+    list(whole.run())
+    first, _ = training(2, compiled=True)
+    next(first.run())
+    second, _ = training(2, compiled=True)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    list(second.run())
+    assert without_times(second.history) == without_times(whole.history)
+
+
+def fails(*_: object) -> Any:
+    raise RuntimeError("no compiler is here\nand none was found there")
+
+
+@pytest.mark.parametrize(
+    "backend", [fails, aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=fails)]
+)
+def test_what_cannot_be_compiled_trains_all_the_same(
+    backend: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever direction fails: one line, and the numbers of an uncompiled training."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        rounds, "CompiledNetwork", functools.partial(CompiledNetwork, backend=backend)
+    )
+    with caplog.at_level(logging.WARNING, logger="sweeps.training.compiled"):
+        compiled, _ = training(2, norm="batch", compiled=True)
+        list(compiled.run())
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "sweeps.training.compiled")
+    assert "not compiled" in line
+    assert "\n" not in line
+    plain, _ = training(2, norm="batch")
+    list(plain.run())
+    assert without_times(compiled.history) == without_times(plain.history)
+    torch._dynamo.reset()
+
+
+def test_networks_are_compiled_on_gpus_alone_unless_asked_for() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiles(TrialConfig.build({}), gpu)
+    assert not compiles(TrialConfig.build({}), cpu)
+    assert not compiles(TrialConfig.build({"compile": "off"}), gpu)
+    assert compiles(TrialConfig.build({"compile": "on"}), cpu)
+    assert not compiles(TrialConfig.build({"model": "mine:network"}), gpu)
+    assert not compiles(TrialConfig.build({"algorithm": "fedavg"}), gpu)
+    with pytest.raises(SpecError, match="it belongs to 'sync-sgd'"):
+        TrialConfig.build({"algorithm": "fedavg", "compile": "on"})
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: values of tensors, and sizes from them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+        assert not name.startswith(waits), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "fixup"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SGDSettings(clip_grad_norm=1.0, agc_clip_factor=0.1, label_smoothing=0.1),
+        SGDSettings(lars_trust_coefficient=0.01),
+    ],
+)
+def test_no_step_waits_for_the_device(norm: str, settings: SGDSettings) -> None:
+    """From the planned epoch to the stepped weights."""
+    run, _ = training(norm=norm, settings=settings)
+    batches = run._batches.epoch(0)
+    next(batches)
+    with NoWaiting():
+        for batch in batches:
+            run._algorithm.round(batch, 0.1)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        torch.ones(()).item()

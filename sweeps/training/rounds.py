@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sweeps.training.clipping import clip_units_
+from sweeps.training.compiled import CompiledNetwork
 from sweeps.training.lars import LARS
 
 
@@ -103,6 +104,8 @@ class SynchronousSGD:
         settings: of the step.
         classifier: those of the last linear layer, which adaptive gradient clipping leaves out.
         autocast_dtype: of the forward pass; None leaves it in the parameters' own.
+        compiled: whether training passes through `CompiledNetwork`; the model is evaluated as it
+            is.
     """
 
     def __init__(
@@ -113,8 +116,10 @@ class SynchronousSGD:
         *,
         classifier: Collection[nn.Parameter] = (),
         autocast_dtype: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> None:
         self._model = model
+        self._forward = CompiledNetwork(model) if compiled else model
         self._settings = settings
         self._autocast_dtype = autocast_dtype
         self._parameters = [p for parameters in groups.values() for p in parameters]
@@ -138,7 +143,7 @@ class SynchronousSGD:
                 lr=0.0,
                 momentum=settings.momentum,
                 nesterov=settings.nesterov,
-                fused=True if device.type == "cuda" else None,
+                fused=True,
             )
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor:
@@ -160,7 +165,7 @@ class SynchronousSGD:
             dtype=self._autocast_dtype,
             enabled=self._autocast_dtype is not None,
         ):
-            logits = self._model(batch.images, batch.blocks)
+            logits = self._forward(batch.images, batch.blocks)
             loss = F.cross_entropy(
                 logits, batch.labels, label_smoothing=self._settings.label_smoothing
             )

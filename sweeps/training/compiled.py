@@ -1,0 +1,66 @@
+"""A network's training pass, compiled once for each shape and reused from trial to trial.
+
+`torch.compile` keeps what it compiled with the network's code, not with one network: a trial whose
+network has the same structure, and whose batches the same shape, dtype and layout, finds it there,
+whatever its weights, rates and seed. Only the forward pass and its gradient are compiled. What
+settings change, as the loss with its smoothing, clipping and the optimizer, stays outside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+SHAPES = 64
+"""Compiled passes that a process keeps for one network's code; PyTorch's own limit of 8 would
+leave the ninth shape of a search uncompiled."""
+
+
+class CompiledNetwork:
+    """Calls a network as it is called, `network(images, blocks)`, in training.
+
+    The first call compiles, which may take a minute, and tries both directions. Where that fails
+    (no compiler, an operation that it does not know) one line is logged and the network is called
+    as it is from then on.
+
+    Args:
+        network: in training mode; its weights and buffers are shared, not copied.
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, network: nn.Module, *, backend: str = "inductor") -> None:
+        self._network = network
+        self._backend = backend
+        self._pass: Callable[..., Tensor] | None = None
+
+    def __call__(self, images: Tensor, blocks: Any) -> Tensor:
+        """Logits of a batch, as of `network(images, blocks)`."""
+        if self._pass is None:
+            self._pass = self._tried(images, blocks)
+        return self._pass(images, blocks)
+
+    def _tried(self, images: Tensor, blocks: Any) -> Callable[..., Tensor]:
+        network = self._network
+        statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        try:
+            torch._dynamo.config.recompile_limit = SHAPES
+            compiled = torch.compile(network, dynamic=False, backend=self._backend)
+            # The gradient is compiled when it is first asked for.
+            compiled(images, blocks).sum().backward()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning("the network is not compiled (%s); it trains uncompiled", lines[0])
+            return network
+        finally:
+            for parameter in network.parameters():
+                parameter.grad = None
+            with torch.no_grad():
+                for name, buffer in network.named_buffers():
+                    buffer.copy_(statistics[name])
+        return compiled
