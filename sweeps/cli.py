@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 DEFAULT_STORAGE = "sqlite:///sweep.db"
 
+AUTO: Any = "auto"
+"""As many workers as the place has use for; commands hand it on as None."""
+
 
 class PictureFormat(StrEnum):
     """What `sweep report --format` takes."""
@@ -92,12 +95,25 @@ Overrides = Annotated[
 Quick = Annotated[bool, typer.Option("--quick", help="The sweep's small version, for a CPU.")]
 Name = Annotated[str | None, typer.Option("--name", help="Keep the sweep under this name.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+def _parse_workers(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(
+            f"{text!r} is no number of workers; accepted: auto, 1, 2 and so on"
+        )
+    return int(text)
+
+
 Workers = Annotated[
-    int | None,
+    int,
     typer.Option(
         "--workers",
-        min=1,
-        help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
+        parser=_parse_workers,
+        metavar="N",
+        help="Worker processes; auto is as many as cores, GPUs, memory and trials have use for.",
     ),
 ]
 On = Annotated[
@@ -125,7 +141,7 @@ def start(
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
-    workers: Workers = None,
+    workers: Workers = AUTO,
     on: On = "local",
     gpus_per_worker: GpusPerWorker = None,
     add_trials: Annotated[
@@ -154,7 +170,7 @@ def start(
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
         code = run_sweep(
-            spec, storage_url, data_dir=data_dir, workers=workers, place=place,
+            spec, storage_url, data_dir=data_dir, workers=workers or None, place=place,
             add_trials=add_trials or 0, again=shlex.join(again), yes=yes, out=_stdout(),
             err=_stderr(),
         )  # fmt: skip
@@ -170,7 +186,7 @@ def confirm(
     seeds: Annotated[
         int, typer.Option(min=2, max=1000, metavar="S", help="Runs of each, a seed each.")
     ] = 5,
-    workers: Workers = None,
+    workers: Workers = AUTO,
     on: On = "local",
     gpus_per_worker: GpusPerWorker = None,
     storage_url: Storage = DEFAULT_STORAGE,
@@ -185,7 +201,7 @@ def confirm(
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
         code = confirm_sweep(
-            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=workers,
+            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=workers or None,
             place=place, again=shlex.join(again), out=_stdout(), err=_stderr(),
             print_json=_print_json if as_json else None,
         )  # fmt: skip
@@ -198,7 +214,7 @@ def plan(
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
-    workers: Workers = None,
+    workers: Workers = AUTO,
     device: Annotated[
         str | None, typer.Option(help="PyTorch's name of the device. Default: a GPU if any.")
     ] = None,
@@ -222,8 +238,8 @@ def plan(
         from sweeps.progress import print_line
 
     planned = plan_sweep(
-        spec, storage_url, data_dir=data_dir, workers=workers, device=device, threads=threads,
-        seconds=seconds, began=began, err=_stderr(),
+        spec, storage_url, data_dir=data_dir, workers=workers or None, device=device,
+        threads=threads, seconds=seconds, began=began, err=_stderr(),
     )  # fmt: skip
     if as_json:
         _print_json(planned.as_dict())
@@ -251,6 +267,7 @@ def worker(
         typer.Option(min=0.5, help="A trial whose worker is silent for this long goes to another."),
     ] = 60.0,
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
+    gpu_memory: Annotated[int | None, typer.Option("--gpu-memory", hidden=True)] = None,
 ) -> None:
     """Join a sweep that was started: pull trials until its budget is met."""
     from sweeps.run import run_worker
@@ -278,6 +295,7 @@ def worker(
         threads=threads,
         lease_seconds=lease_seconds,
         stop=stop,
+        gpu_memory=gpu_memory,
     )
     raise typer.Exit(stop.exit_code)
 

@@ -13,9 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
+
+from sweeps.machine import (
+    NOTHING_KNOWN,
+    Machine,
+    Need,
+    Slot,
+    divide,
+    fewer,
+    gigabytes,
+    this_machine,
+    with_gpu_memory,
+)
 
 MAX_RESTARTS = 3
 """How often in a row a worker that was killed soon after its start is started again."""
@@ -24,37 +35,23 @@ HEALTHY_SECONDS = 60.0
 """A worker that has lived for longer did not die of its start: its restarts count from 0 again."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place for one worker.
-
-    Attributes:
-        device: PyTorch's name, such as `cuda:0` or `cpu`.
-        threads: CPU threads of its own.
-    """
-
-    device: str
-    threads: int
+NO_ROOM = 75
+"""Exit status of a worker whose trial did not fit into its part of a GPU; `EX_TEMPFAIL`."""
 
 
-def plan_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
-    """Divide this machine among workers.
-
-    Args:
-        workers: how many; None is one for each GPU, or without one, as many as there are cores
-            for.
-        threads: CPU threads that a worker without a GPU is meant to have.
-        trials: how many are left; more workers than that would have nothing to do.
-    """
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
-    gpus = torch.cuda.device_count()
-    count = min(workers or gpus or max(1, cores // threads), max(1, trials))
-    devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(count)]
-    share = max(1, cores // count)
-    return [Slot(device, share if gpus else min(threads, share)) for device in devices]
+def plan_slots(
+    workers: int | None,
+    threads: int,
+    trials: int,
+    need: Need,
+    machine: Machine | None = None,
+) -> list[Slot]:
+    """Divide this machine, or another, among workers; as :func:`sweeps.machine.divide`."""
+    machine = this_machine() if machine is None else machine
+    slots = divide(machine, workers, threads, trials, need)
+    if len(slots) > len(machine.gpus) > 0:
+        slots = divide(with_gpu_memory(machine), len(slots), threads, trials, need)
+    return slots
 
 
 class Restarts:
@@ -109,7 +106,9 @@ class Place(Protocol):
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Make ready; refuse a store that workers there could not open."""
 
-    def plan(self, workers: int | None, threads: int, trials: int) -> list[Slot]:
+    def plan(
+        self, workers: int | None, threads: int, trials: int, need: Need = NOTHING_KNOWN
+    ) -> list[Slot]:
         """Divide the place among workers; arguments as of :func:`plan_slots`."""
 
     def launch(
@@ -134,9 +133,11 @@ class ThisMachine:
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Nothing to do: a store that this process can open, its children can."""
 
-    def plan(self, workers: int | None, threads: int, trials: int) -> list[Slot]:
+    def plan(
+        self, workers: int | None, threads: int, trials: int, need: Need = NOTHING_KNOWN
+    ) -> list[Slot]:
         """As :func:`plan_slots`."""
-        return plan_slots(workers, threads, trials)
+        return plan_slots(workers, threads, trials, need)
 
     def launch(
         self,
@@ -202,6 +203,8 @@ class LocalWorkers:
         self._readers: list[threading.Thread] = []
         self._restarts = Restarts(len(self._slots))
         self._stopping = False
+        # GPUs whose workers are ending, to make room for fewer.
+        self._clearing: set[str] = set()
 
     def __enter__(self) -> LocalWorkers:
         self._processes = [self._start(index) for index in range(len(self._slots))]
@@ -218,17 +221,57 @@ class LocalWorkers:
         """Restart workers that were killed; when all have ended, return their exit codes."""
         for index, process in enumerate(self._processes):
             code = process.poll()
-            if code is None or code >= 0 or self._stopping:
+            device = self._slots[index].device
+            if code is None or self._stopping or device in self._clearing:
                 continue
-            if self._restarts.again(index):
+            if code == NO_ROOM and self._clear(device):
+                continue
+            if code < 0 and self._restarts.again(index):
                 name = signal.Signals(-code).name
                 self._say(
                     f"worker {index} was ended by {name}; its trial goes back to the queue and "
                     "the worker starts again"
                 )
                 self._processes[index] = self._start(index)
+        for device in [] if self._stopping else sorted(self._clearing):
+            self._start_fewer(device)
         codes = [process.poll() for process in self._processes]
         return None if None in codes else [code for code in codes if code is not None]
+
+    def _clear(self, device: str) -> bool:
+        """End a GPU's workers, as a trial found no room beside the others'; False if it is alone.
+
+        Their trials keep the completed epochs and go back to the queue.
+        """
+        there = [i for i, slot in enumerate(self._slots) if slot.device == device]
+        if len(there) < 2:
+            return False
+        self._clearing.add(device)
+        for index in there:
+            if self._processes[index].poll() is None:
+                self._processes[index].send_signal(signal.SIGTERM)
+        return True
+
+    def _start_fewer(self, device: str) -> None:
+        """Start half as many workers on a GPU once all that were there have ended."""
+        there = [i for i, slot in enumerate(self._slots) if slot.device == device]
+        if any(self._processes[index].poll() is None for index in there):
+            return
+        self._clearing.remove(device)
+        slots = fewer([self._slots[index] for index in there])
+        room = "all of its memory"
+        if slots[0].gpu_memory is not None:
+            room = f"{gigabytes(slots[0].gpu_memory)} each"
+        self._say(
+            f"a trial did not fit beside the others on {device}; from now on {len(slots)} "
+            f"worker{'s'[: len(slots) != 1]} there, with {room}"
+        )
+        for index in reversed(there[len(slots) :]):
+            del self._slots[index], self._processes[index]
+        self._restarts = Restarts(len(self._slots))
+        for index, slot in zip(there, slots, strict=False):
+            self._slots[index] = slot
+            self._processes[index] = self._start(index)
 
     def stop(self) -> None:
         """Ask every worker to end after its running update."""
@@ -253,6 +296,7 @@ class LocalWorkers:
             [
                 *(sys.executable, "-P", "-m", "sweeps.cli", *self._command),
                 *("--device", slot.device, "--threads", threads, "--child"),
+                *(() if slot.gpu_memory is None else ("--gpu-memory", str(slot.gpu_memory))),
             ],
             env={
                 **os.environ,
