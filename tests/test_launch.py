@@ -241,7 +241,7 @@ class Large(nn.Module):
         super().__init__()
         self.fc = nn.Linear(size, classes)
     def forward(self, x):
-        if "--gpu-memory" in sys.argv:
+        if "--gpu-memory" in sys.argv and len(x) > 32:  # not when it is tried at its making
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
         return self.fc(x.flatten(1))
 
