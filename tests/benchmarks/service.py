@@ -273,9 +273,10 @@ def row_memory(trials: int) -> dict[str, Any]:
     seconds = time.process_time()
 
     def look(count: int) -> None:
-        if count in (10, 100, 500, 1000, trials):
+        if count in (10, 50, 100, 200, 300, 500, 1000, trials):
             gc.collect()
             found[f"after {count}"] = {**_memory(), "objects": len(gc.get_objects())}
+            print(f"            after {count} trials: {found[f'after {count}']}", flush=True)
 
     with Folder() as folder:
         in_process(folder, trials, 1, look)
