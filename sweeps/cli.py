@@ -163,12 +163,13 @@ def start(
     """Run a sweep, or go on with it: create its studies, launch workers, show the answer."""
     placed = _place(on, gpus_per_worker)
     spec = _load(sweep, storage_url, quick, overrides, name)
-    # After the spec, so that a mistake in it shows before PyTorch has loaded.
-    with _stderr().status("loading PyTorch and Optuna"):
-        from sweeps.run import run_sweep
-
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
+        _expect(place, spec, workers or None, storage_url, data_dir)
+        # After the spec, so that a mistake in it shows before PyTorch has loaded.
+        with _stderr().status("loading PyTorch and Optuna"):
+            from sweeps.run import run_sweep
+
         code = run_sweep(
             spec, storage_url, data_dir=data_dir, workers=workers or None, place=place,
             add_trials=add_trials or 0, again=shlex.join(again), yes=yes, out=_stdout(),
@@ -268,10 +269,17 @@ def worker(
     ] = 60.0,
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
     gpu_memory: Annotated[int | None, typer.Option("--gpu-memory", hidden=True)] = None,
+    hold: Annotated[bool, typer.Option("--hold", hidden=True)] = False,
 ) -> None:
     """Join a sweep that was started: pull trials until its budget is met."""
     from sweeps.run import run_worker
     from sweeps.worker import StopRequest
+
+    if hold:
+        import optuna.storages._rdb.storage  # noqa: F401 - what a store needs, while there is time
+
+        if not os.read(0, 1):  # whoever started it has gone
+            raise typer.Exit
 
     stop = StopRequest()
     received: list[int] = []
@@ -586,6 +594,18 @@ def _place(on: str, gpus_per_worker: float | None) -> AbstractContextManager[Pla
         return open_place(on, gpus_per_worker)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _expect(
+    place: Place, spec: SweepSpec, workers: int | None, storage_url: str, data_dir: Path | None
+) -> None:
+    """Let a place begin to start workers, where it is plain what they will be."""
+    from sweeps.launch import worker_command
+    from sweeps.machine import expected_slots
+
+    trials = spec.budget.trials * len(spec.cells)
+    slots = expected_slots(workers, spec.workers.threads, trials)
+    place.expect(slots, worker_command(spec.name, data_dir), {"SWEEP_STORAGE": storage_url})
 
 
 def _load(

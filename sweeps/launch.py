@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -103,6 +104,11 @@ class Workers(Protocol):
 class Place(Protocol):
     """Where workers may run."""
 
+    def expect(
+        self, slots: Sequence[Slot], command: Sequence[str], variables: Mapping[str, str]
+    ) -> None:
+        """Hear of what will most likely be launched."""
+
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Make ready; refuse a store that workers there could not open."""
 
@@ -122,13 +128,26 @@ class Place(Protocol):
 
 
 class ThisMachine:
-    """Processes of this machine."""
+    """Processes of this machine; use as a context."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Slot, list[subprocess.Popen[str]]] = {}
+        self._expected: tuple[list[str], dict[str, str]] = ([], {})
 
     def __enter__(self) -> ThisMachine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        return
+        _end(self._waiting)
+
+    def expect(
+        self, slots: Sequence[Slot], command: Sequence[str], variables: Mapping[str, str]
+    ) -> None:
+        """Start processes for workers to come: they load PyTorch while the sweep is looked at."""
+        self._expected = (list(command), dict(variables))
+        for slot in slots:
+            process = start_worker(slot, [*command, "--hold"], variables)
+            self._waiting.setdefault(slot, []).append(process)
 
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Nothing to do: a store that this process can open, its children can."""
@@ -147,7 +166,9 @@ class ThisMachine:
         say: Callable[[str], None],
     ) -> Workers:
         """Worker processes, to be entered."""
-        return LocalWorkers(slots, command, variables, say)
+        if (list(command), dict(variables)) != self._expected:
+            _end(self._waiting)
+        return LocalWorkers(slots, command, variables, say, self._waiting)
 
 
 def open_place(on: str, gpus_per_worker: float | None = None) -> AbstractContextManager[Place]:
@@ -186,6 +207,8 @@ class LocalWorkers:
         command: arguments of the `sweep` command for a worker, without its slot's.
         variables: environment variables for the workers, beside this process's own.
         say: receives what workers print, line by line, from threads of this object's.
+        waiting: processes by their slot, which were started before with this command and these
+            variables and wait for a line; those that are of use are taken out.
     """
 
     def __init__(
@@ -194,7 +217,9 @@ class LocalWorkers:
         command: Sequence[str],
         variables: Mapping[str, str],
         say: Callable[[str], None],
+        waiting: Mapping[Slot, list[subprocess.Popen[str]]] | None = None,
     ) -> None:
+        self._waiting = {} if waiting is None else waiting
         self._slots = list(slots)
         self._command = list(command)
         self._variables = dict(variables)
@@ -208,6 +233,7 @@ class LocalWorkers:
 
     def __enter__(self) -> LocalWorkers:
         self._processes = [self._start(index) for index in range(len(self._slots))]
+        _end(self._waiting)  # more than are needed
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -289,36 +315,75 @@ class LocalWorkers:
 
     def _start(self, index: int) -> subprocess.Popen[str]:
         slot = self._slots[index]
-        threads = str(slot.threads)
         self._restarts.note_start(index)
-        # -P: a folder called `data` or `models` in the current directory is not ours.
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "sweeps.cli", *self._command),
-                *("--device", slot.device, "--threads", threads, "--child"),
-                *(() if slot.gpu_memory is None else ("--gpu-memory", str(slot.gpu_memory))),
-            ],
-            env={
-                **os.environ,
-                **self._variables,
-                "OMP_NUM_THREADS": threads,
-                "MKL_NUM_THREADS": threads,
-            },
-            # Its end tells the worker that this process is gone.
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # Ctrl-C reaches this process alone, which passes it on.
-            start_new_session=True,
-        )
+        process = self._waiting_process(slot)
+        if process is None:
+            process = start_worker(slot, self._command, self._variables)
         reader = threading.Thread(target=self._read, args=(process,), daemon=True)
         reader.start()
         self._readers.append(reader)
         return process
 
+    def _waiting_process(self, slot: Slot) -> subprocess.Popen[str] | None:
+        """One that was started before, told to go on; None without one that lives."""
+        processes = self._waiting.get(slot, [])
+        while processes:
+            process = processes.pop()
+            assert process.stdin is not None
+            try:
+                process.stdin.write("\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                process.wait()
+                continue
+            return process
+        return None
+
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             self._say(line.rstrip("\n"))
+
+
+def _end(waiting: Mapping[Slot, list[subprocess.Popen[str]]]) -> None:
+    """End processes that wait."""
+    for processes in waiting.values():
+        while processes:
+            process = processes.pop()
+            process.kill()
+            process.communicate()
+
+
+def worker_command(name: str, data_dir: Path | None) -> list[str]:
+    """Arguments of the `sweep` command for a worker of a sweep, without its slot's."""
+    where = [] if data_dir is None else ["--data-dir", str(data_dir.absolute())]
+    return ["worker", name, *where]
+
+
+def start_worker(
+    slot: Slot, command: Sequence[str], variables: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    """Start a process in a slot; arguments as of :class:`LocalWorkers`."""
+    threads = str(slot.threads)
+    # -P: a folder called `data` or `models` in the current directory is not ours.
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-P", "-m", "sweeps.cli", *command),
+            *("--device", slot.device, "--threads", threads, "--child"),
+            *(() if slot.gpu_memory is None else ("--gpu-memory", str(slot.gpu_memory))),
+        ],
+        env={
+            **os.environ,
+            **variables,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        },
+        # Its end tells the worker that this process is gone.
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # Ctrl-C reaches this process alone, which passes it on.
+        start_new_session=True,
+    )

@@ -36,6 +36,10 @@ UNLIMITED = 2**60
 MEMORY_SHARE = 0.9
 """Of the memory that is free, what workers may be planned for: caches and other programs grow."""
 
+PROCESS_BYTES = 450 * 10**6
+"""What a worker process takes of its own: PyTorch, Optuna, a data set of a megabyte. Measured:
+400 MB, without the libraries' files, which all workers share."""
+
 GPU_MEMORY_SHARE = 0.92
 """Of a GPU's free memory, what its workers may take together."""
 
@@ -211,6 +215,18 @@ def this_machine() -> Machine:
     import torch
 
     return Machine(cores(), free_memory(), (Gpu(),) * torch.cuda.device_count())
+
+
+def expected_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
+    """The slots that :func:`divide` will most likely give on a machine without a GPU; else none.
+
+    It asks nothing of PyTorch, which has not loaded yet.
+    """
+    if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+        return []
+    machine = Machine(cores(), free_memory())
+    most = min(bounds(machine, threads, trials, Need(memory=PROCESS_BYTES)).values())
+    return divide(machine, min(workers or most, most), threads, trials, NOTHING_KNOWN)
 
 
 def with_gpu_memory(machine: Machine) -> Machine:

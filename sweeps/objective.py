@@ -25,6 +25,7 @@ from data.splits import split_devices
 from models import build_model, classifier_parameters, parameter_groups
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig, Value
+from sweeps.machine import PROCESS_BYTES
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import EpochResult, Training, evaluate
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
@@ -34,10 +35,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 1000
 """Images scored at once: large enough to fill a GPU, small enough for a CPU's cache."""
-
-PROCESS_BYTES = 450 * 10**6
-"""What a worker process takes of its own: PyTorch, Optuna, a data set of a megabyte. Measured:
-400 MB, without the libraries' files, which all workers share."""
 
 CUDA_PROCESS_BYTES = 2 * 10**9
 """The same of a process that uses a GPU; assumed."""

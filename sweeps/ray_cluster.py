@@ -115,6 +115,11 @@ class RayCluster:
 
             ray.shutdown()
 
+    def expect(
+        self, slots: Sequence[Slot], command: Sequence[str], variables: Mapping[str, str]
+    ) -> None:
+        """Nothing to do: how many workers there will be is the cluster's to say."""
+
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Connect, and refuse a cluster whose nodes could not work on the sweep.
 

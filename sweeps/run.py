@@ -34,7 +34,7 @@ from sweeps import plan, search
 from sweeps.confirmation import read_answer
 from sweeps.edits import Edit
 from sweeps.errors import SweepError, plural
-from sweeps.launch import Place, ThisMachine, Workers
+from sweeps.launch import Place, ThisMachine, Workers, worker_command
 from sweeps.limits import request_stop
 from sweeps.machine import Need, Slot
 from sweeps.objective import (
@@ -269,9 +269,7 @@ def _run_workers(
     Returns:
         The exit status if the budget is not met then: 130 after an interruption, else 1.
     """
-    command = ["worker", name]
-    if data_dir is not None:
-        command += ["--data-dir", str(data_dir.absolute())]
+    command = worker_command(name, data_dir)
     # Not as an argument, which every user of the machine could read: it may hold a password.
     variables = {"SWEEP_STORAGE": storage_url}
     with _signals() as signals, _patience(storage_url, signals):

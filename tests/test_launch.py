@@ -10,11 +10,21 @@ from helpers import begin, make_spec, trials, url, wait_until
 from optuna.trial import TrialState
 
 from data.sources import load_dataset
-from sweeps.launch import HEALTHY_SECONDS, MAX_RESTARTS, LocalWorkers, Restarts
+from storage.leases import LEASE_ATTR
+from sweeps.launch import (
+    HEALTHY_SECONDS,
+    MAX_RESTARTS,
+    LocalWorkers,
+    Restarts,
+    ThisMachine,
+    start_worker,
+    worker_command,
+)
 from sweeps.machine import (
     GPU_CONTEXT_BYTES,
     GPU_MEMORY_SHARE,
     NOTHING_KNOWN,
+    PROCESS_BYTES,
     Gpu,
     Machine,
     Need,
@@ -28,7 +38,7 @@ from sweeps.machine import (
     gpu_room,
     reason,
 )
-from sweeps.objective import PROCESS_BYTES, Objective, saved_bytes
+from sweeps.objective import Objective, saved_bytes
 from sweeps.packing import counts, fewest_near_best, goes_on
 
 GB = 10**9
@@ -267,6 +277,41 @@ def test_a_trial_that_does_not_fit_its_part_is_run_by_fewer_workers_not_failed(
     assert codes == [0], said
     assert [trial.state for trial in trials(tmp_path)] == [TrialState.COMPLETE] * 3, said
     assert any("1 worker there, with all of its memory" in line for line in said)
+
+
+# Processes that were started before
+
+
+def test_expected_workers_are_the_ones_that_run_and_no_other_is_left(tmp_path: Path) -> None:
+    begin(tmp_path, make_spec(train={"epochs": 1}))
+    command, variables = worker_command("tiny", None), {"SWEEP_STORAGE": url(tmp_path)}
+    said: list[str] = []
+    with ThisMachine() as place:
+        place.expect([Slot("cpu", 1)] * 2, command, variables)
+        first, second = place._waiting[Slot("cpu", 1)]
+        with place.launch([Slot("cpu", 1)], command, variables, said.append) as workers:
+            assert first.poll() is not None
+            wait_until(lambda: workers.poll() is not None)
+            assert workers.poll() == [0], said
+    found = {trial.system_attrs["sweep:provenance"]["threads"] for trial in trials(tmp_path)}
+    assert found == {1}
+    ran = {trial.system_attrs[LEASE_ATTR]["worker"] for trial in trials(tmp_path)}
+    assert all(f"-{second.pid}-" in worker for worker in ran)
+
+
+def test_expected_workers_that_are_not_launched_end(tmp_path: Path) -> None:
+    begin(tmp_path, make_spec(train={"epochs": 1}))
+    with ThisMachine() as place:
+        place.expect([Slot("cpu", 1)], worker_command("tiny", None), {"SWEEP_STORAGE": "no"})
+        (process,) = place._waiting[Slot("cpu", 1)]
+    assert process.poll() is not None
+    # One whose launcher was killed hears the end of its input.
+    orphan = start_worker(
+        Slot("cpu", 1), [*worker_command("tiny", None), "--hold"], {"SWEEP_STORAGE": url(tmp_path)}
+    )
+    output, _ = orphan.communicate(timeout=120)
+    assert (orphan.returncode, output) == (0, "")
+    assert [trial.state for trial in trials(tmp_path)] == []
 
 
 # Starting again
