@@ -64,7 +64,7 @@ class CheckpointStore:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        # Files of which no killed save has left anything, or not any more.
+        # Files that this process alone has written since it looked for what a killed save left.
         self._clean: set[str] = set()
 
     def path(self, key: str) -> Path:
@@ -129,6 +129,8 @@ class CheckpointStore:
         import torch
 
         path = self.path(key)
+        # Whoever loads goes on from another process's work, which may have left something.
+        self._clean.discard(path.name)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
