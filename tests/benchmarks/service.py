@@ -335,13 +335,13 @@ def _trials_an_hour(arguments: list[str], threads: int, workers: str, trials: in
         options = ["--workers", workers, "--set", f"workers.threads={threads}", "--yes"]
         folder.sweep("start", *arguments, *options, "--set", f"trials={trials}", "--name", "bench")
         names = optuna.get_all_study_names(folder.url)
-        found = [
+        found: list[Any] = [
             trial
             for name in names
             for trial in optuna.load_study(study_name=name, storage=folder.url).trials
         ]
-    began = min(t.datetime_start for t in found)
-    ended = max(t.datetime_complete for t in found)
+    began = min(trial.datetime_start for trial in found)
+    ended = max(trial.datetime_complete for trial in found)
     return 3600 * len(found) / float((ended - began).total_seconds())
 
 
