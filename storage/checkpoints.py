@@ -64,6 +64,8 @@ class CheckpointStore:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        # Files that this process alone has written since it looked for what a killed save left.
+        self._clean: set[str] = set()
 
     def path(self, key: str) -> Path:
         """Return the file that holds ``key``, which need not exist.
@@ -94,7 +96,9 @@ class CheckpointStore:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._remove_temporaries(path.name)
+            known = path.name in self._clean
+            if not known:
+                self._remove_temporaries(path.name)
             try:
                 with temporary.open("xb") as stream:
                     stream.write(buffer.getbuffer())
@@ -104,7 +108,10 @@ class CheckpointStore:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-            self._sync_folder()
+            # After a power failure either checkpoint of a key may be the one that is there.
+            if not known:
+                self._sync_folder()
+                self._clean.add(path.name)
         except OSError as error:
             raise CheckpointError(
                 f"cannot save checkpoint {path} ({error.strerror or error}); free some space there"
@@ -122,6 +129,8 @@ class CheckpointStore:
         import torch
 
         path = self.path(key)
+        # Whoever loads goes on from another process's work, which may have left something.
+        self._clean.discard(path.name)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -155,6 +164,7 @@ class CheckpointStore:
             CheckpointError: the file cannot be removed.
         """
         path = self.path(key)
+        self._clean.discard(path.name)
         try:
             path.unlink(missing_ok=True)
             self._remove_temporaries(path.name)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 DEFAULT_STORAGE = "sqlite:///sweep.db"
 
+AUTO: Any = "auto"
+"""As many workers as the place has use for; commands hand it on as None."""
+
 
 class PictureFormat(StrEnum):
     """What `sweep report --format` takes."""
@@ -92,12 +95,25 @@ Overrides = Annotated[
 Quick = Annotated[bool, typer.Option("--quick", help="The sweep's small version, for a CPU.")]
 Name = Annotated[str | None, typer.Option("--name", help="Keep the sweep under this name.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+def _parse_workers(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(
+            f"{text!r} is no number of workers; accepted: auto, 1, 2 and so on"
+        )
+    return int(text)
+
+
 Workers = Annotated[
-    int | None,
+    int,
     typer.Option(
         "--workers",
-        min=1,
-        help="Worker processes. Default: one a GPU, or else as many as there are cores for.",
+        parser=_parse_workers,
+        metavar="N",
+        help="Worker processes; auto is as many as cores, GPUs, memory and trials have use for.",
     ),
 ]
 On = Annotated[
@@ -125,7 +141,7 @@ def start(
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
-    workers: Workers = None,
+    workers: Workers = AUTO,
     on: On = "local",
     gpus_per_worker: GpusPerWorker = None,
     add_trials: Annotated[
@@ -147,14 +163,15 @@ def start(
     """Run a sweep, or go on with it: create its studies, launch workers, show the answer."""
     placed = _place(on, gpus_per_worker)
     spec = _load(sweep, storage_url, quick, overrides, name)
-    # After the spec, so that a mistake in it shows before PyTorch has loaded.
-    with _stderr().status("loading PyTorch and Optuna"):
-        from sweeps.run import run_sweep
-
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
+        _expect(place, spec, workers or None, storage_url, data_dir)
+        # After the spec, so that a mistake in it shows before PyTorch has loaded.
+        with _stderr().status("loading PyTorch and Optuna"):
+            from sweeps.run import run_sweep
+
         code = run_sweep(
-            spec, storage_url, data_dir=data_dir, workers=workers, place=place,
+            spec, storage_url, data_dir=data_dir, workers=workers or None, place=place,
             add_trials=add_trials or 0, again=shlex.join(again), yes=yes, out=_stdout(),
             err=_stderr(),
         )  # fmt: skip
@@ -170,7 +187,7 @@ def confirm(
     seeds: Annotated[
         int, typer.Option(min=2, max=1000, metavar="S", help="Runs of each, a seed each.")
     ] = 5,
-    workers: Workers = None,
+    workers: Workers = AUTO,
     on: On = "local",
     gpus_per_worker: GpusPerWorker = None,
     storage_url: Storage = DEFAULT_STORAGE,
@@ -185,7 +202,7 @@ def confirm(
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
         code = confirm_sweep(
-            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=workers,
+            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=workers or None,
             place=place, again=shlex.join(again), out=_stdout(), err=_stderr(),
             print_json=_print_json if as_json else None,
         )  # fmt: skip
@@ -198,7 +215,7 @@ def plan(
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
-    workers: Workers = None,
+    workers: Workers = AUTO,
     device: Annotated[
         str | None, typer.Option(help="PyTorch's name of the device. Default: a GPU if any.")
     ] = None,
@@ -222,8 +239,8 @@ def plan(
         from sweeps.progress import print_line
 
     planned = plan_sweep(
-        spec, storage_url, data_dir=data_dir, workers=workers, device=device, threads=threads,
-        seconds=seconds, began=began, err=_stderr(),
+        spec, storage_url, data_dir=data_dir, workers=workers or None, device=device,
+        threads=threads, seconds=seconds, began=began, err=_stderr(),
     )  # fmt: skip
     if as_json:
         _print_json(planned.as_dict())
@@ -251,10 +268,18 @@ def worker(
         typer.Option(min=0.5, help="A trial whose worker is silent for this long goes to another."),
     ] = 60.0,
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
+    gpu_memory: Annotated[int | None, typer.Option("--gpu-memory", hidden=True)] = None,
+    hold: Annotated[bool, typer.Option("--hold", hidden=True)] = False,
 ) -> None:
     """Join a sweep that was started: pull trials until its budget is met."""
     from sweeps.run import run_worker
     from sweeps.worker import StopRequest
+
+    if hold:
+        import optuna.storages._rdb.storage  # noqa: F401 - what a store needs, while there is time
+
+        if not os.read(0, 1):  # whoever started it has gone
+            raise typer.Exit
 
     stop = StopRequest()
     received: list[int] = []
@@ -278,6 +303,7 @@ def worker(
         threads=threads,
         lease_seconds=lease_seconds,
         stop=stop,
+        gpu_memory=gpu_memory,
     )
     raise typer.Exit(stop.exit_code)
 
@@ -582,6 +608,18 @@ def _place(on: str, gpus_per_worker: float | None) -> AbstractContextManager[Pla
         return open_place(on, gpus_per_worker)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _expect(
+    place: Place, spec: SweepSpec, workers: int | None, storage_url: str, data_dir: Path | None
+) -> None:
+    """Let a place begin to start workers, where it is plain what they will be."""
+    from sweeps.launch import worker_command
+    from sweeps.machine import expected_slots
+
+    trials = spec.budget.trials * len(spec.cells)
+    slots = expected_slots(workers, spec.workers.threads, trials)
+    place.expect(slots, worker_command(spec.name, data_dir), {"SWEEP_STORAGE": storage_url})
 
 
 def _load(

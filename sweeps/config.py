@@ -517,4 +517,4 @@ class TrialConfig:
 
     def as_dict(self) -> dict[str, Value]:
         """The fields as a plain dictionary that JSON can hold."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))

@@ -32,6 +32,7 @@ from sweeps.confirmation import SEED, Configuration, configuration_of, read_answ
 from sweeps.edits import Edit, decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.launch import Place
+from sweeps.machine import Need
 from sweeps.preflight import load_data
 from sweeps.progress import print_line
 from sweeps.run import (
@@ -143,7 +144,8 @@ def confirm_sweep(
         storage_url,
         partial(print_line, err),
     )
-    fingerprints = load_data(plan.spec, data_dir, err).fingerprints
+    checked = load_data(plan.spec, data_dir, err)
+    fingerprints = checked.fingerprints
     for study, here in zip(plan.of.studies, fingerprints, strict=True):
         check_fingerprint(study.name, study.fingerprint, here)
     store = open_storage(storage_url)
@@ -158,8 +160,9 @@ def confirm_sweep(
     kept = [edit for edit in changed if not edit.key.startswith("search.")]
     print_edits(kept, plan.spec.name, err)
     code, status = run_to_end(
-        plan.spec, store, storage_url, data_dir=data_dir, workers=workers, place=place, err=err
-    )
+        plan.spec, store, storage_url, data_dir=data_dir, workers=workers, place=place,
+        need=Need(memory=checked.worker_bytes), err=err,
+    )  # fmt: skip
     close_storage(store, storage_url)
     if status is not None:
         _show(status, storage_url, again, out, print_json)

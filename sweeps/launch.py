@@ -13,9 +13,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
+
+from sweeps.machine import (
+    NOTHING_KNOWN,
+    Machine,
+    Need,
+    Slot,
+    divide,
+    fewer,
+    gigabytes,
+    this_machine,
+    with_gpu_memory,
+)
 
 MAX_RESTARTS = 3
 """How often in a row a worker that was killed soon after its start is started again."""
@@ -24,37 +36,23 @@ HEALTHY_SECONDS = 60.0
 """A worker that has lived for longer did not die of its start: its restarts count from 0 again."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place for one worker.
-
-    Attributes:
-        device: PyTorch's name, such as `cuda:0` or `cpu`.
-        threads: CPU threads of its own.
-    """
-
-    device: str
-    threads: int
+NO_ROOM = 75
+"""Exit status of a worker whose trial did not fit into its part of a GPU; `EX_TEMPFAIL`."""
 
 
-def plan_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
-    """Divide this machine among workers.
-
-    Args:
-        workers: how many; None is one for each GPU, or without one, as many as there are cores
-            for.
-        threads: CPU threads that a worker without a GPU is meant to have.
-        trials: how many are left; more workers than that would have nothing to do.
-    """
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
-    gpus = torch.cuda.device_count()
-    count = min(workers or gpus or max(1, cores // threads), max(1, trials))
-    devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(count)]
-    share = max(1, cores // count)
-    return [Slot(device, share if gpus else min(threads, share)) for device in devices]
+def plan_slots(
+    workers: int | None,
+    threads: int,
+    trials: int,
+    need: Need,
+    machine: Machine | None = None,
+) -> list[Slot]:
+    """Divide this machine, or another, among workers; as :func:`sweeps.machine.divide`."""
+    machine = this_machine() if machine is None else machine
+    slots = divide(machine, workers, threads, trials, need)
+    if len(slots) > len(machine.gpus) > 0:
+        slots = divide(with_gpu_memory(machine), len(slots), threads, trials, need)
+    return slots
 
 
 class Restarts:
@@ -106,10 +104,17 @@ class Workers(Protocol):
 class Place(Protocol):
     """Where workers may run."""
 
+    def expect(
+        self, slots: Sequence[Slot], command: Sequence[str], variables: Mapping[str, str]
+    ) -> None:
+        """Hear of what will most likely be launched."""
+
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Make ready; refuse a store that workers there could not open."""
 
-    def plan(self, workers: int | None, threads: int, trials: int) -> list[Slot]:
+    def plan(
+        self, workers: int | None, threads: int, trials: int, need: Need = NOTHING_KNOWN
+    ) -> list[Slot]:
         """Divide the place among workers; arguments as of :func:`plan_slots`."""
 
     def launch(
@@ -123,20 +128,35 @@ class Place(Protocol):
 
 
 class ThisMachine:
-    """Processes of this machine."""
+    """Processes of this machine; use as a context."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Slot, list[subprocess.Popen[str]]] = {}
+        self._expected: tuple[list[str], dict[str, str]] = ([], {})
 
     def __enter__(self) -> ThisMachine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        return
+        _end(self._waiting)
+
+    def expect(
+        self, slots: Sequence[Slot], command: Sequence[str], variables: Mapping[str, str]
+    ) -> None:
+        """Start processes for workers to come: they load PyTorch while the sweep is looked at."""
+        self._expected = (list(command), dict(variables))
+        for slot in slots:
+            process = start_worker(slot, [*command, "--hold"], variables)
+            self._waiting.setdefault(slot, []).append(process)
 
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Nothing to do: a store that this process can open, its children can."""
 
-    def plan(self, workers: int | None, threads: int, trials: int) -> list[Slot]:
+    def plan(
+        self, workers: int | None, threads: int, trials: int, need: Need = NOTHING_KNOWN
+    ) -> list[Slot]:
         """As :func:`plan_slots`."""
-        return plan_slots(workers, threads, trials)
+        return plan_slots(workers, threads, trials, need)
 
     def launch(
         self,
@@ -146,7 +166,9 @@ class ThisMachine:
         say: Callable[[str], None],
     ) -> Workers:
         """Worker processes, to be entered."""
-        return LocalWorkers(slots, command, variables, say)
+        if (list(command), dict(variables)) != self._expected:
+            _end(self._waiting)
+        return LocalWorkers(slots, command, variables, say, self._waiting)
 
 
 def open_place(on: str, gpus_per_worker: float | None = None) -> AbstractContextManager[Place]:
@@ -185,6 +207,8 @@ class LocalWorkers:
         command: arguments of the `sweep` command for a worker, without its slot's.
         variables: environment variables for the workers, beside this process's own.
         say: receives what workers print, line by line, from threads of this object's.
+        waiting: processes by their slot, which were started before with this command and these
+            variables and wait for a line; those that are of use are taken out.
     """
 
     def __init__(
@@ -193,7 +217,9 @@ class LocalWorkers:
         command: Sequence[str],
         variables: Mapping[str, str],
         say: Callable[[str], None],
+        waiting: Mapping[Slot, list[subprocess.Popen[str]]] | None = None,
     ) -> None:
+        self._waiting = {} if waiting is None else waiting
         self._slots = list(slots)
         self._command = list(command)
         self._variables = dict(variables)
@@ -202,9 +228,12 @@ class LocalWorkers:
         self._readers: list[threading.Thread] = []
         self._restarts = Restarts(len(self._slots))
         self._stopping = False
+        # GPUs whose workers are ending, to make room for fewer.
+        self._clearing: set[str] = set()
 
     def __enter__(self) -> LocalWorkers:
         self._processes = [self._start(index) for index in range(len(self._slots))]
+        _end(self._waiting)  # more than are needed
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -218,17 +247,57 @@ class LocalWorkers:
         """Restart workers that were killed; when all have ended, return their exit codes."""
         for index, process in enumerate(self._processes):
             code = process.poll()
-            if code is None or code >= 0 or self._stopping:
+            device = self._slots[index].device
+            if code is None or self._stopping or device in self._clearing:
                 continue
-            if self._restarts.again(index):
+            if code == NO_ROOM and self._clear(device):
+                continue
+            if code < 0 and self._restarts.again(index):
                 name = signal.Signals(-code).name
                 self._say(
                     f"worker {index} was ended by {name}; its trial goes back to the queue and "
                     "the worker starts again"
                 )
                 self._processes[index] = self._start(index)
+        for device in [] if self._stopping else sorted(self._clearing):
+            self._start_fewer(device)
         codes = [process.poll() for process in self._processes]
         return None if None in codes else [code for code in codes if code is not None]
+
+    def _clear(self, device: str) -> bool:
+        """End a GPU's workers, as a trial found no room beside the others'; False if it is alone.
+
+        Their trials keep the completed epochs and go back to the queue.
+        """
+        there = [i for i, slot in enumerate(self._slots) if slot.device == device]
+        if len(there) < 2:
+            return False
+        self._clearing.add(device)
+        for index in there:
+            if self._processes[index].poll() is None:
+                self._processes[index].send_signal(signal.SIGTERM)
+        return True
+
+    def _start_fewer(self, device: str) -> None:
+        """Start half as many workers on a GPU once all that were there have ended."""
+        there = [i for i, slot in enumerate(self._slots) if slot.device == device]
+        if any(self._processes[index].poll() is None for index in there):
+            return
+        self._clearing.remove(device)
+        slots = fewer([self._slots[index] for index in there])
+        room = "all of its memory"
+        if slots[0].gpu_memory is not None:
+            room = f"{gigabytes(slots[0].gpu_memory)} each"
+        self._say(
+            f"a trial did not fit beside the others on {device}; from now on {len(slots)} "
+            f"worker{'s'[: len(slots) != 1]} there, with {room}"
+        )
+        for index in reversed(there[len(slots) :]):
+            del self._slots[index], self._processes[index]
+        self._restarts = Restarts(len(self._slots))
+        for index, slot in zip(there, slots, strict=False):
+            self._slots[index] = slot
+            self._processes[index] = self._start(index)
 
     def stop(self) -> None:
         """Ask every worker to end after its running update."""
@@ -246,35 +315,75 @@ class LocalWorkers:
 
     def _start(self, index: int) -> subprocess.Popen[str]:
         slot = self._slots[index]
-        threads = str(slot.threads)
         self._restarts.note_start(index)
-        # -P: a folder called `data` or `models` in the current directory is not ours.
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "sweeps.cli", *self._command),
-                *("--device", slot.device, "--threads", threads, "--child"),
-            ],
-            env={
-                **os.environ,
-                **self._variables,
-                "OMP_NUM_THREADS": threads,
-                "MKL_NUM_THREADS": threads,
-            },
-            # Its end tells the worker that this process is gone.
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # Ctrl-C reaches this process alone, which passes it on.
-            start_new_session=True,
-        )
+        process = self._waiting_process(slot)
+        if process is None:
+            process = start_worker(slot, self._command, self._variables)
         reader = threading.Thread(target=self._read, args=(process,), daemon=True)
         reader.start()
         self._readers.append(reader)
         return process
 
+    def _waiting_process(self, slot: Slot) -> subprocess.Popen[str] | None:
+        """One that was started before, told to go on; None without one that lives."""
+        processes = self._waiting.get(slot, [])
+        while processes:
+            process = processes.pop()
+            assert process.stdin is not None
+            try:
+                process.stdin.write("\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                process.wait()
+                continue
+            return process
+        return None
+
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             self._say(line.rstrip("\n"))
+
+
+def _end(waiting: Mapping[Slot, list[subprocess.Popen[str]]]) -> None:
+    """End processes that wait."""
+    for processes in waiting.values():
+        while processes:
+            process = processes.pop()
+            process.kill()
+            process.communicate()
+
+
+def worker_command(name: str, data_dir: Path | None) -> list[str]:
+    """Arguments of the `sweep` command for a worker of a sweep, without its slot's."""
+    where = [] if data_dir is None else ["--data-dir", str(data_dir.absolute())]
+    return ["worker", name, *where]
+
+
+def start_worker(
+    slot: Slot, command: Sequence[str], variables: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    """Start a process in a slot; arguments as of :class:`LocalWorkers`."""
+    threads = str(slot.threads)
+    # -P: a folder called `data` or `models` in the current directory is not ours.
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-P", "-m", "sweeps.cli", *command),
+            *("--device", slot.device, "--threads", threads, "--child"),
+            *(() if slot.gpu_memory is None else ("--gpu-memory", str(slot.gpu_memory))),
+        ],
+        env={
+            **os.environ,
+            **variables,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        },
+        # Its end tells the worker that this process is gone.
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # Ctrl-C reaches this process alone, which passes it on.
+        start_new_session=True,
+    )

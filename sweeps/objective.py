@@ -6,6 +6,7 @@ that hears of every epoch, and may end the trial by raising from it.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from data.splits import split_devices
 from models import build_model, classifier_parameters, parameter_groups, stacked_forward
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig, Value
+from sweeps.machine import PROCESS_BYTES
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import EpochResult, Training, evaluate
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
@@ -33,6 +35,14 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 1000
 """Images scored at once: large enough to fill a GPU, small enough for a CPU's cache."""
+
+CUDA_PROCESS_BYTES = 2 * 10**9
+"""The same of a process that uses a GPU; assumed."""
+
+COPIES_OF_WEIGHTS = 5
+"""Weights, gradients and momentum, and a checkpoint on its way to the disk."""
+
+COUNTED_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ class Objective:
         for index, history in enumerate(finished):
             for result in history:
                 on_epoch(self._progress(config, finished[:index], result))
+        settings = config.as_dict()
         for index in range(len(finished), seeds):
             training = self._training(config, config.seed + index, should_stop)
             if state["training"] is not None:
@@ -148,12 +159,12 @@ class Objective:
             for result in training.run():
                 if checkpoints is not None:
                     kept = {
-                        "config": config.as_dict(),
+                        "config": settings,
                         "data_fingerprint": self._dataset.fingerprint,
                         "finished": [[vars(r) for r in history] for history in finished],
                         "training": training.state_dict(),
                     }
-                    checkpoints.save(key, kept)
+                    checkpoints.save(key, _histories_as_text(kept))
                 on_epoch(self._progress(config, finished, result))
             finished.append(training.history)
             if test:
@@ -211,7 +222,7 @@ class Objective:
         if of != (config.as_dict(), self._dataset.fingerprint):
             logger.warning("the checkpoint of %s is of other settings; starting anew", key)
             return fresh
-        return state
+        return _histories_from_text(state)
 
     @property
     def fingerprint(self) -> str:
@@ -237,6 +248,38 @@ class Objective:
             updates_per_epoch=updates,
             images_per_epoch=updates * config.global_batch_size,
         )
+
+    def worker_bytes(self, config: TrialConfig, *, cuda: bool) -> int:
+        """Memory that a worker takes of the machine for trials of a config, about, in bytes.
+
+        The process, the data set with what trials make of it, and, on a CPU, the weights with
+        their gradients, momentum and checkpoint, and what the layers keep of a batch for the
+        backward pass. The last is counted in a forward pass of a few images and is in proportion
+        to the batch. 0 where the network cannot be asked.
+
+        Args:
+            config: with the largest batch.
+            cuda: whether the worker trains on a GPU.
+        """
+        prepared, source = self._prepare(config), self._dataset
+        resident = sum(
+            images.nbytes
+            for images in (
+                source.train_images, source.test_images, prepared.train_images, *prepared.val_images
+            )
+        )  # fmt: skip
+        if cuda:
+            return CUDA_PROCESS_BYTES + resident
+        few = prepared.val_images[0][:COUNTED_IMAGES].clone()
+        try:
+            model = self._model(config, config.seed)
+            kept = saved_bytes(model.eval(), few)
+        except Exception:  # what is wrong with it, its first trial says
+            return 0
+        weights = sum(p.nbytes for p in model.parameters())
+        copies = 1 if config.algorithm == "sync-sgd" else 1 + config.devices_per_round
+        trained = COPIES_OF_WEIGHTS * copies * weights
+        return PROCESS_BYTES + resident + trained + kept * config.global_batch_size // len(few)
 
     def _model(self, config: TrialConfig, seed: int) -> nn.Module:
         prepared = self._prepare(config)
@@ -432,15 +475,67 @@ def dataset_identity(config: TrialConfig) -> tuple[Value, ...]:
     return (config.dataset, config.image_size, config.noise_std)
 
 
-def prepare_process(device: torch.device, threads: int) -> None:
-    """Set PyTorch up for a worker process: its threads, and the same numbers every time."""
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """What a forward pass keeps for the backward pass, beside the weights, in bytes.
+
+    Args:
+        model: gives logits.
+        images: float `[N, C, H, W]`.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+    kept: list[Tensor] = []  # alive, so that no storage's address is given out twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(images, None)
+    return sum(found.values())
+
+
+def prepare_process(device: torch.device, threads: int, gpu_memory: int | None = None) -> None:
+    """Set PyTorch up for a worker process: its threads, and the same numbers every time.
+
+    Args:
+        device: where it trains.
+        threads: of the CPU.
+        gpu_memory: bytes of a GPU that it may allocate; beyond, a training is out of memory. None
+            sets no limit.
+    """
     torch.set_num_threads(threads)
     if device.type == "cuda":
         # cuBLAS gives equal sums every time only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(device)
+        if gpu_memory is not None:
+            whole = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+
+
+def _histories_as_text(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint whose histories are texts: of a thousand numbers, pickling takes milliseconds.
+
+    JSON as Python writes it gives every float back as it was.
+    """
+    training = {**state["training"], "history": json.dumps(state["training"]["history"])}
+    return {**state, "finished": json.dumps(state["finished"]), "training": training}
+
+
+def _histories_from_text(state: dict[str, Any]) -> dict[str, Any]:
+    """What `_histories_as_text` was given; earlier versions kept that itself."""
+    state, training = dict(state), state["training"]
+    if isinstance(state["finished"], str):
+        state["finished"] = json.loads(state["finished"])
+    if training is not None and isinstance(training["history"], str):
+        state["training"] = {**training, "history": json.loads(training["history"])}
+    return state
 
 
 def _class_counts(prepared: _Prepared, num_classes: int) -> list[list[int]]:

@@ -26,8 +26,8 @@ from storage.leases import LEASE_ATTR
 from storage.leases import count as count_of
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError, plural
-from sweeps.launch import Slot
 from sweeps.limits import epochs_spent, seconds_spent
+from sweeps.machine import NOTHING_KNOWN, Need, Slot
 from sweeps.objective import Sizes, dataset_identity
 from sweeps.progress import PlainTable
 from sweeps.sampling import (
@@ -140,6 +140,8 @@ class Plan:
         share: what the pruner leaves.
         hours_left, epochs_budget_left: of the budgets of time and epochs; None sets no limit.
         startup_seconds: from the command to the first update.
+        need: what a worker takes.
+        packing: why there are as many workers, in words; "" where they were named.
     """
 
     spec: SweepSpec
@@ -152,6 +154,8 @@ class Plan:
     hours_left: float | None
     epochs_budget_left: int | None
     startup_seconds: float
+    need: Need = NOTHING_KNOWN
+    packing: str = ""
 
     @property
     def known(self) -> bool:
@@ -283,6 +287,8 @@ class Plan:
             "workers": len(self.slots),
             "device": self.slots[0].device,
             "threads": self.slots[0].threads,
+            "worker_memory_bytes": self.need.memory or None,
+            "workers_from": self.packing or None,
             "total": {
                 "studies": len(self.studies),
                 "trials": sum(study.trials for study in self.studies),
@@ -360,6 +366,7 @@ def count(
     slots: Callable[[int], Sequence[Slot]],
     add_trials: int = 0,
     data: Sequence[Outline] = (),
+    need: Need = NOTHING_KNOWN,
 ) -> Plan:
     """Count what there is to do; nothing is measured.
 
@@ -370,6 +377,7 @@ def count(
         slots: divides a machine among workers, given how many trials are left.
         add_trials: by how many the budget of each stored study would grow.
         data: its data sets.
+        need: what a worker takes.
     """
     added = add_trials
     budgets: dict[str, int] = {}
@@ -401,6 +409,7 @@ def count(
         hours_left=hours,
         epochs_budget_left=epochs,
         startup_seconds=0.0,
+        need=need,
     )
 
 
@@ -665,6 +674,7 @@ def keep_speeds(
             config = sweep.spec.config(study.cell, trial.params)
             took.setdefault(key_of(config), (config, []))[1].append(seconds / steps)
     for config, epochs in took.values():
+        before = kept_sample(config, slots)
         sample = Sample(
             epoch_seconds=statistics.median(epochs),
             begin_seconds=0.0,  # it is in the epochs
@@ -673,6 +683,7 @@ def keep_speeds(
             updates=0,
             batch=config.global_batch_size,
             measured="run",
+            gpu_bytes=before.gpu_bytes if before else 0,
         )
         keep_sample(config, slots, sample)
 
@@ -751,6 +762,7 @@ def plan_lines(plan: Plan) -> list[str]:
         *(f"data:       {_data_line(found)}" for found in plan.data),
         f"device:     {_device_name(slot.device)}; {plural(len(plan.slots), 'worker')}, "
         f"{plural(slot.threads, 'thread')} each",
+        *([f"workers:    {plan.packing}"] if plan.packing else []),
         f"disk:       {', '.join(disk)}",
     ]
     if plan.known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -20,10 +21,12 @@ from sweeps import plan, search
 from sweeps.config import TrialConfig, Value
 from sweeps.edits import edits
 from sweeps.errors import SpecError, SweepError
-from sweeps.launch import Slot, plan_slots
+from sweeps.launch import plan_slots
+from sweeps.machine import Machine, Need, Slot, reason, this_machine
 from sweeps.objective import Objective, Sizes, dataset_identity, open_dataset
+from sweeps.packing import packed
 from sweeps.progress import print_line
-from sweeps.sampling import sampling_dataset
+from sweeps.sampling import sampling_dataset, shapes
 from sweeps.spec import SweepSpec
 from sweeps.studies import store_to_read, stored_names, stored_sweep
 
@@ -47,17 +50,22 @@ class Checked:
         fingerprints: of each cell's data set.
         sizes: of an epoch of each cell.
         datasets: by `dataset_identity`.
+        worker_bytes: what a worker takes of the machine's memory for the largest trial, about; 0
+            where it is not known.
     """
 
     fingerprints: list[str]
     sizes: list[Sizes]
     datasets: dict[tuple[Value, ...], Dataset]
+    worker_bytes: int = 0
 
 
 def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset]) -> Checked:
     """Open each cell's data set and try its splits and models."""
     objectives: dict[tuple[Value, ...], Objective] = {}
     checked = Checked([], [], {})
+    cuda = torch.cuda.device_count() > 0
+    found: list[int] = []
     for cell in spec.cells:
         config = spec.config(cell, spec.lowest_params())
         identity = dataset_identity(config)
@@ -71,7 +79,13 @@ def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset]) -> Chec
                 raise SpecError(f"{spec.study_name(cell)}: {error}") from error
         checked.fingerprints.append(objectives[identity].fingerprint)
         checked.sizes.append(objectives[identity].sizes(config))
-    return checked
+        largest = max(
+            (shape.config for _, shape in shapes(spec, cell)),
+            key=lambda found: found.global_batch_size,
+        )
+        if dataset_identity(largest) == identity:
+            found.append(objectives[identity].worker_bytes(largest, cuda=cuda))
+    return dataclasses.replace(checked, worker_bytes=max(found, default=0))
 
 
 def load_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> Checked:
@@ -130,10 +144,10 @@ def plan_sweep(
     search.check(spec)
     check_url(storage_url)
     chosen = None if device is None else str(device_named(device))
-
-    def slots(trials: int) -> list[Slot]:
-        found = plan_slots(workers, threads or spec.workers.threads, trials)
-        return [Slot(chosen or slot.device, threads or slot.threads) for slot in found]
+    each = threads or spec.workers.threads
+    machine = this_machine()
+    if chosen is not None:
+        machine = dataclasses.replace(machine, gpus=machine.gpus[: chosen != "cpu"])
 
     with err.status("looking at the data") as shown:
         data = plan.outlines(spec, data_dir)
@@ -142,11 +156,41 @@ def plan_sweep(
         try:
             if store is not None and spec.name in stored_names(store):
                 edits(stored_sweep(store, spec.name).spec, spec)  # refuses what start would
-            planned = plan.count(spec, checked.sizes, store, slots=slots, data=data)
+            need = Need(memory=checked.worker_bytes)
+
+            def slots(trials: int) -> list[Slot]:
+                found = plan_slots(workers, each, trials, need, machine)
+                return [
+                    dataclasses.replace(
+                        slot, device=chosen or slot.device, threads=threads or slot.threads
+                    )
+                    for slot in found
+                ]
+
+            planned = plan.count(spec, checked.sizes, store, slots=slots, data=data, need=need)
         finally:
             if store is not None:
                 close_storage(store, storage_url)
-        return plan.measured(planned, data_dir, seconds, began=began, say=shown.update)
+        planned = plan.measured(planned, data_dir, seconds, began=began, say=shown.update)
+        if workers is None:
+            planned = _automatic(planned, machine, each, data_dir, shown.update)
+        return planned
+
+
+def _automatic(
+    found: plan.Plan,
+    machine: Machine,
+    threads: int,
+    data_dir: Path | None,
+    say: Callable[[str], None],
+) -> plan.Plan:
+    """Choose the number of workers, as far as it is not a matter of cores, and say why it is so."""
+    trials = sum(study.trials_left for study in found.studies)
+    if machine.gpus:
+        found = packed(found, machine, threads=threads, data_dir=data_dir, say=say)
+    if found.packing or not trials:
+        return found
+    return dataclasses.replace(found, packing=reason(machine, threads, trials, found.need))
 
 
 GLANCE_SECONDS = 1.0
@@ -164,10 +208,13 @@ def estimate(
 ) -> plan.Plan | None:
     """What the run will take, by what is known of this machine's speed, or by a glance at it.
 
-    A GPU is looked at only where somebody may be asked: that takes processes of its own, since its
-    memory would stay with this one.
+    A GPU is looked at only where somebody may be asked, or the number of workers is to be found:
+    that takes processes of its own, since its memory would stay with this one.
     """
     began = time.perf_counter()
+    machine = this_machine()
+    need = Need(memory=checked.worker_bytes)
+    asked = err.is_terminal and sys.stdin.isatty()
     try:
         store = store_to_read(storage_url)
     except StorageError:
@@ -177,8 +224,9 @@ def estimate(
             spec,
             checked.sizes,
             store,
-            slots=lambda left: plan_slots(workers, spec.workers.threads, left),
+            slots=lambda left: plan_slots(workers, spec.workers.threads, left, need, machine),
             add_trials=add_trials,
+            need=need,
         )
     finally:
         if store is not None:
@@ -192,11 +240,14 @@ def estimate(
                 GLANCE_SECONDS,
                 threads=found.slots[0].threads,
             )
-        elif err.is_terminal and sys.stdin.isatty():
+        elif asked or workers is None:
             with err.status("measuring") as shown:
                 found = plan.measured(
                     found, data_dir, GLANCE_SECONDS, began=began, say=shown.update
                 )
+    if workers is None and found.slots[0].device != "cpu":
+        with err.status("measuring") as shown:
+            found = _automatic(found, machine, spec.workers.threads, data_dir, shown.update)
     return found if found.known else None
 
 

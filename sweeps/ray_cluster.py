@@ -30,7 +30,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sweeps.errors import SweepError
-from sweeps.launch import MAX_RESTARTS, Restarts, Slot, Workers
+from sweeps.launch import MAX_RESTARTS, Restarts, Workers
+from sweeps.machine import NOTHING_KNOWN, Need, Slot
+from sweeps.machine import cores as _cores
 
 PACKAGES = ("sweep", "torch", "optuna")
 """What has to be of one version on all nodes."""
@@ -113,6 +115,11 @@ class RayCluster:
 
             ray.shutdown()
 
+    def expect(
+        self, slots: Sequence[Slot], command: Sequence[str], variables: Mapping[str, str]
+    ) -> None:
+        """Nothing to do: how many workers there will be is the cluster's to say."""
+
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Connect, and refuse a cluster whose nodes could not work on the sweep.
 
@@ -146,7 +153,9 @@ class RayCluster:
         else:
             say(f"Ray {ray.__version__}: cluster of {size}")
 
-    def plan(self, workers: int | None, threads: int, trials: int) -> list[Slot]:
+    def plan(
+        self, workers: int | None, threads: int, trials: int, need: Need = NOTHING_KNOWN
+    ) -> list[Slot]:
         """Divide the cluster among workers.
 
         Args:
@@ -154,6 +163,7 @@ class RayCluster:
                 wait until the cluster has room.
             threads: CPUs of each.
             trials: how many are left; more workers than that would have nothing to do.
+            need: what each takes; Ray counts CPUs and GPUs alone.
 
         Raises:
             SweepError: no node has room for a worker.
@@ -678,12 +688,6 @@ def _has_ray() -> bool:
         return find_spec("ray") is not None
     except ValueError:  # marked as one that cannot be imported
         return False
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _signal_name(number: int) -> str:

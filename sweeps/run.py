@@ -34,8 +34,9 @@ from sweeps import plan, search
 from sweeps.confirmation import read_answer
 from sweeps.edits import Edit
 from sweeps.errors import SweepError, plural
-from sweeps.launch import Place, Slot, ThisMachine, Workers
+from sweeps.launch import Place, ThisMachine, Workers, worker_command
 from sweeps.limits import request_stop
+from sweeps.machine import Need, Slot
 from sweeps.objective import (
     prepare_process,
 )
@@ -122,7 +123,7 @@ def run_sweep(
     print_edits(changed, spec.name, err)
     code, status = run_to_end(
         spec, store, storage_url, data_dir=data_dir, workers=workers, place=place, found=found,
-        err=err,
+        need=found.need if found is not None else Need(memory=checked.worker_bytes), err=err,
     )  # fmt: skip
     close_storage(store, storage_url)
     if status is not None:
@@ -143,6 +144,7 @@ def run_to_end(
     data_dir: Path | None,
     workers: int | None,
     place: Place,
+    need: Need,
     found: plan.Plan | None = None,
     err: Console,
 ) -> tuple[int, SweepStatus | None]:
@@ -155,6 +157,7 @@ def run_to_end(
         data_dir: where the data set is, None for its usual place.
         workers: how many processes, None for as many as suit the place.
         place: where they run.
+        need: what a worker takes.
         found: what it is estimated to take; the speed of its trials is then kept for later ones.
         err: gets the progress.
 
@@ -174,7 +177,7 @@ def run_to_end(
     status = read()
     requests_before = status.stop_requests
     left = sum(study.budget - study.finished for study in status.studies)
-    slots = place.plan(workers, spec.workers.threads, left)
+    slots = place.plan(workers, spec.workers.threads, left, need)
     print_line(err, _opening(status, storage_url, len(slots)))
     if found is not None and not status.done:
         print_line(err, found.line())
@@ -267,9 +270,7 @@ def _run_workers(
     Returns:
         The exit status if the budget is not met then: 130 after an interruption, else 1.
     """
-    command = ["worker", name]
-    if data_dir is not None:
-        command += ["--data-dir", str(data_dir.absolute())]
+    command = worker_command(name, data_dir)
     # Not as an argument, which every user of the machine could read: it may hold a password.
     variables = {"SWEEP_STORAGE": storage_url}
     with _signals() as signals, _patience(storage_url, signals):
@@ -327,8 +328,13 @@ def run_worker(
     threads: int | None,
     lease_seconds: float,
     stop: StopRequest,
+    gpu_memory: int | None = None,
 ) -> None:
     """Pull trials of a stored sweep in this process until its budget is met or `stop` is set.
+
+    Args:
+        name, storage_url, data_dir, device, threads, lease_seconds, stop: as of the command.
+        gpu_memory: bytes of the device that it may allocate; None sets no limit.
 
     Raises:
         SweepError: the sweep is not in the store, the device is not there, or its trials fail.
@@ -337,12 +343,13 @@ def run_worker(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen = device_named(device)
-    prepare_process(chosen, threads or torch.get_num_threads())
+    prepare_process(chosen, threads or torch.get_num_threads(), gpu_memory)
     options = WorkerOptions(
         worker_id=new_worker_id(str(chosen)),
         device=chosen,
         lease_seconds=lease_seconds,
         data_dir=data_dir,
+        gpu_memory=gpu_memory,
     )
     with patience(place_of(storage_url), stop.is_set):
         try:

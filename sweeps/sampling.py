@@ -39,7 +39,7 @@ from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
-from sweeps.launch import Slot
+from sweeps.machine import Slot
 from sweeps.objective import Objective, Progress, autocast_dtype, dataset_identity, prepare_process
 from sweeps.spec import Budget, Range, SweepSpec
 from sweeps.studies import SweepStudy, create_or_resume
@@ -128,6 +128,7 @@ class Sample:
         batch: images of the batch that was measured; smaller than the shape's where one of its
             own would have taken too long.
         measured: "epochs", "updates", or "run": by trials of an earlier sweep.
+        gpu_bytes: the most that its tensors held of a GPU; 0 where it was not measured.
     """
 
     epoch_seconds: float
@@ -137,6 +138,7 @@ class Sample:
     updates: int
     batch: int
     measured: str
+    gpu_bytes: int = 0
 
 
 def key_of(config: TrialConfig) -> tuple[tuple[str, Value], ...]:
@@ -271,6 +273,9 @@ class Stopwatch(Objective):
         try:
             if self._batch is None:
                 self.called = time.perf_counter()
+                if self._device.type == "cuda":  # what the shape before it has left
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats(self._device)
                 self._batch = self._foresee(config)
                 self._first = time.perf_counter()
             run = _Run(time.perf_counter())
@@ -343,7 +348,13 @@ class Stopwatch(Objective):
             updates=sizes.updates_per_epoch,
             batch=batch,
             measured=measured,
+            gpu_bytes=self._gpu_bytes() * config.global_batch_size // batch,
         )
+
+    def _gpu_bytes(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        return torch.cuda.max_memory_reserved(self._device)
 
     def _model(self, config: TrialConfig, seed: int) -> nn.Module:
         self._network = super()._model(config, seed)
@@ -500,7 +511,7 @@ class Samplers:
 
     Args:
         spec: of the sweep that is measured.
-        slots: where workers would run.
+        slots: where workers would run; more may come with `grow`.
         data_dir: where the data set is, None for its usual place.
         prepared: seconds from the command to now; a start takes as many before its workers.
     """
@@ -531,6 +542,16 @@ class Samplers:
         for process in self._processes:
             process.communicate()
         self._stack.close()
+
+    @property
+    def count(self) -> int:
+        """How many processes there are."""
+        return len(self._processes)
+
+    def grow(self, slots: Sequence[Slot]) -> None:
+        """Start more processes, beside those that are there."""
+        for slot in slots:
+            self._processes.append(self._start(slot))
 
     def measure(self, shape: Shape, seconds: float) -> Sample:
         """Measure a shape in all processes at once.
@@ -576,6 +597,7 @@ class Samplers:
             found[0],
             epoch_seconds=statistics.mean(sample.epoch_seconds for sample in found),
             begin_seconds=statistics.mean(sample.begin_seconds for sample in found),
+            gpu_bytes=max(sample.gpu_bytes for sample in found),
             startup_seconds=self._startup,
         )
 

@@ -157,11 +157,11 @@ class WorkerShare:
     """What each worker process is given of a machine without a GPU.
 
     Attributes:
-        threads: CPU threads. A machine runs as many workers as it has cores for; networks so
-            small that a step takes milliseconds gain nothing from a second thread.
+        threads: CPU threads. A machine runs as many workers as it has cores for: trials side by
+            side, of one thread each, use a machine better than one trial on all threads.
     """
 
-    threads: int = 2
+    threads: int = 1
 
 
 @dataclass(frozen=True)

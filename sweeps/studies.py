@@ -23,6 +23,11 @@ POSITION = "position"
 FINGERPRINT = "data_fingerprint"
 READY = "ready"
 LABEL = "label"
+NOTE_VERSION = "dashboard:note_ver"
+NOTE_TEXT = "dashboard:note_str:"
+NOTE_PART = 2045
+"""Characters of a note that optuna-dashboard keeps in one attribute."""
+
 ADDED = "added_trials"
 """Trials of each study beyond the spec's budget; kept with the first study."""
 
@@ -271,7 +276,6 @@ def _refuse_tries_without_room(
 def _create_study(store: BaseStorage, spec: SweepSpec, position: int, fingerprint: str) -> None:
     """Create, complete or renew one study; READY is written last, when nothing is missing."""
     import optuna
-    from optuna_dashboard import save_note
 
     from storage.trials import enqueue
 
@@ -303,7 +307,7 @@ def _create_study(store: BaseStorage, spec: SweepSpec, position: int, fingerprin
     for attempt in _missing_tries(store, spec, position, study._study_id)[0]:
         enqueue(store, study._study_id, dict(attempt.params), user_attrs={LABEL: attempt.label})
     if renewed:
-        save_note(study, _note(spec, cell))
+        _save_note(store, study._study_id, _note(spec, cell))
     if READY not in attrs:
         on_test = spec.confirms or _validation(spec, cell) == "test"
         score = "test" if on_test else "validation"
@@ -311,6 +315,19 @@ def _create_study(store: BaseStorage, spec: SweepSpec, position: int, fingerprin
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([f"{score} accuracy"])
         study.set_user_attr(READY, True)
+
+
+def _save_note(store: BaseStorage, study_id: int, text: str) -> None:
+    """Write a study's note as `optuna_dashboard.save_note` does.
+
+    To import optuna-dashboard for it takes a second, as that brings scikit-learn.
+    """
+    attrs = store.get_study_system_attrs(study_id)
+    parts = [text[at : at + NOTE_PART] for at in range(0, len(text), NOTE_PART)]
+    before = sum(key.startswith(NOTE_TEXT) for key in attrs)
+    store.set_study_system_attr(study_id, NOTE_VERSION, attrs.get(NOTE_VERSION, 0) + 1)
+    for number, part in enumerate([*parts, *[""] * (before - len(parts))]):
+        store.set_study_system_attr(study_id, f"{NOTE_TEXT}{number}", part)
 
 
 def _validation(spec: SweepSpec, cell: Mapping[str, Value]) -> str:

@@ -35,6 +35,7 @@ from storage.trials import Claim, LeaseLostError, TrialQueue
 from sweeps import search
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
+from sweeps.launch import NO_ROOM
 from sweeps.limits import Session, spent, stops, stops_in
 from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
 from sweeps.status import CURVES, FAILURES, OUTCOME, PROGRESS, PROVENANCE, REASON, SECONDS
@@ -106,6 +107,8 @@ class WorkerOptions:
         lease_seconds: a trial whose worker gave no sign of life for this long is taken over.
         poll_seconds: how often an idle worker looks for work that came back to the queue.
         data_dir: where the data set is, None for its usual place.
+        gpu_memory: bytes of the device that it may allocate, beside other workers; None sets no
+            limit.
     """
 
     worker_id: str
@@ -113,6 +116,7 @@ class WorkerOptions:
     lease_seconds: float = 60.0
     poll_seconds: float = 1.0
     data_dir: Path | None = None
+    gpu_memory: int | None = None
 
 
 class Worker:
@@ -330,6 +334,12 @@ class Worker:
             if not self._queue.owns(claim):
                 # As a worker frozen past its lease sees it, whose trial has been finished.
                 logger.warning("%s #%d went to another worker", study.name, claim.number)
+                return
+            if _out_of_memory(error) and self._options.gpu_memory is not None:
+                # Told only where the GPU is the trial's alone; the launcher makes room.
+                logger.warning("%s #%d: %s", study.name, claim.number, _first_line(error))
+                self._queue.release(claim)
+                self._stop.set(NO_ROOM)
                 return
             if _breaks_device(error):
                 self._queue.release(claim)

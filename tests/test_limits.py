@@ -168,7 +168,7 @@ def test_finished_trials_keep_the_checkpoints_that_the_rule_names(
         kept = checkpoints.load(f"tiny/{best.number}")
         assert kept is not None
         assert kept["config"]["peak_lr"] == best.params["peak_lr"]
-        assert kept["training"]["history"][-1]["val_accuracy"] == best.accuracy
+        assert json.loads(kept["training"]["history"])[-1]["val_accuracy"] == best.accuracy
 
 
 def test_added_trials_stay_and_an_edited_budget_replaces_them(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sweeps import search
 from sweeps import spec as specs
 from sweeps.confirm import enqueue_runs
 from sweeps.errors import SpecError, SweepError
-from sweeps.launch import Slot
+from sweeps.machine import Slot
 from sweeps.objective import Objective, Sizes
 from sweeps.plan import DAY, Plan, count, epoch_share, plan_lines, plan_table, spoken, unmeasured
 from sweeps.preflight import device_named

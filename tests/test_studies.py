@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 import pytest
 from helpers import begin, make_spec, trials, url
+from optuna_dashboard import get_note
 
 from storage.engine import open_storage
 from sweeps import studies
@@ -119,6 +120,15 @@ def test_new_texts_reach_the_store(tmp_path: Path) -> None:
     assert study.user_attrs["question"] == "Does it still run?"
     assert "Does it still run?" in str(study.system_attrs)
     assert stored_sweep(store, "tiny").spec.question == "Does it still run?"
+
+
+def test_optuna_dashboard_reads_a_studys_note_however_its_length_changes(tmp_path: Path) -> None:
+    for question in ("Short?", "Long? " * 1000, "Short again?"):
+        store = begin(tmp_path, make_spec(question=question))
+        note = get_note(optuna.load_study(storage=store, study_name="tiny"))
+        assert question.strip() in note
+        assert note.endswith("```")
+        assert "Long" not in note or question.startswith("Long")
 
 
 def test_a_study_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

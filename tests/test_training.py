@@ -4,8 +4,12 @@ import copy
 import functools
 import logging
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +37,53 @@ from sweeps.training.loop import (
     Training,
     evaluate,
 )
+from sweeps.training.optimizers import SGD
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
 from sweeps.training.schedule import Schedule
+
+NO_COMPILER = """
+import sys
+from helpers import make_spec
+from sweeps.objective import Objective, open_dataset
+import torch
+config = make_spec(train={"epochs": 1}).config({}, {"peak_lr": 0.1})
+Objective(open_dataset(config, None), torch.device("cpu")).run(
+    config, seeds=1, on_epoch=lambda _: None
+)
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_training_starts_without_importing_the_compiler() -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", NO_COMPILER], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}]
+)
+def test_steps_and_state_are_those_of_torch_optim(settings: dict[str, Any]) -> None:
+    def parameters() -> list[nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        return [nn.Parameter(torch.randn(5, generator=generator)) for _ in range(3)]
+
+    ours, theirs = parameters(), parameters()
+    optimizers = (SGD(ours, lr=0.1, **settings), torch.optim.SGD(theirs, lr=0.1, **settings))
+    for step in range(3):
+        for optimizer, both in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            sum(((p - step) ** 2).sum() for p in both).backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    again = SGD(ours, lr=0.5, **settings)
+    again.load_state_dict(states[1])
+    assert again.param_groups[0]["lr"] == 0.1
 
 
 def schedule(**changes: Any) -> Schedule:

@@ -88,6 +88,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from sweeps.training.clipping import clip_units_
+from sweeps.training.optimizers import SGD
 from sweeps.training.rounds import DeviceBatch, SGDSettings, param_groups
 
 LOCAL_MOMENTA = ("average", "keep", "reset")
@@ -223,7 +224,7 @@ class FederatedAveraging:
         self._weight_decay = {
             p: group["weight_decay"] for group in groups_of_optimizer for p in group["params"]
         }
-        self._optimizer = torch.optim.SGD(
+        self._optimizer = SGD(
             groups_of_optimizer,
             lr=0.0,
             momentum=settings.momentum,

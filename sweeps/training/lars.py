@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from sweeps.training.optimizers import Uncompiled
 
 
-class LARS(Optimizer):
+class LARS(Uncompiled):
     """Layer-wise adaptive rate scaling, You, Gitman and Ginsburg 2017 (arXiv 1708.03888).
 
     Algorithm 1, for each parameter w with gradient g, weight decay β and momentum m:

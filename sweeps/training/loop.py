@@ -6,7 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,7 +173,7 @@ class Training:
         return {
             "algorithm": self._algorithm.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "history": [dataclasses.asdict(result) for result in self.history],
+            "history": [dict(vars(result)) for result in self.history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

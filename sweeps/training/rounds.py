@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sweeps.training.clipping import clip_units_
 from sweeps.training.compiled import CompiledNetwork
 from sweeps.training.lars import LARS
+from sweeps.training.optimizers import SGD
 
 
 class DeviceBatch(Protocol):
@@ -138,7 +139,7 @@ class SynchronousSGD:
                 nesterov=settings.nesterov,
             )
         else:
-            self._optimizer = torch.optim.SGD(
+            self._optimizer = SGD(
                 groups_of_optimizer,
                 lr=0.0,
                 momentum=settings.momentum,

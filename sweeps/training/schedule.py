@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sweeps.training.optimizers import SGD
+
 SCHEDULES = ("plateau", "cosine", "exponential", "constant")
 WARMUP_SHAPES = ("linear", "cosine", "exponential")
 
@@ -64,7 +66,7 @@ class Schedule:
         self.exponential_gamma = exponential_gamma
         self.updates_per_epoch = updates_per_epoch
         # The scheduler scales the rate of a stand-in optimizer from 1.
-        self._scale = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        self._scale = SGD([torch.zeros(1)], lr=1.0)
         self._plateau = ReduceLROnPlateau(
             self._scale,
             mode="max",
