@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SERVICE = "sweep.Claims"
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when the two sides of :data:`SERVICE` would misunderstand each other."""
 
 CALL_SECONDS = 120.0
@@ -306,6 +306,15 @@ class RemoteTrialTable:
         """Write the parameters that a trial lacks, all or none."""
         arguments = {"trial_id": trial_id, "token": token, "params": list(params)}
         return bool(self._call("set_params", **arguments))
+
+    def fix_params(
+        self, trial_id: int, token: str, params: Mapping[str, Any], key: str, mark: str
+    ) -> bool | None:
+        """Fix parameters of a trial that has none, and mark it."""
+        made: bool | None = self._call(
+            "fix_params", trial_id=trial_id, token=token, params=dict(params), key=key, mark=mark
+        )
+        return made
 
     def forget_steps(self, trial_id: int, token: str, after: int) -> bool:
         """Delete the intermediate values beyond a step."""

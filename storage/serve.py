@@ -132,7 +132,7 @@ def _check_port(host: str, port: int) -> None:
         probe.bind((host, port))
 
 
-_AS_IT_IS = ("take", "create", "set_params", "forget_steps", "beat", "report")
+_AS_IT_IS = ("take", "create", "set_params", "fix_params", "forget_steps", "beat", "report")
 
 
 class _Claims:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Executable, Select, Table
     from sqlalchemy.engine import Connection, Engine
 
+FIXED = "fixed_params"
+"""Optuna's system attribute of a trial whose parameters are given, not suggested."""
+
 _CANDIDATES = 32
 
 
@@ -116,6 +119,16 @@ class _Statements:
         self.add_attr = insert(attrs)
         self.add_value = insert(values).values(
             objective=0, value_type=models.TrialValueModel.TrialValueType.FINITE
+        )
+        self.study_of = select(trials.c.study_id).where(is_one)
+        self.marked = (
+            select(trials.c.trial_id)
+            .join_from(user_attrs, trials, user_attrs.c.trial_id == trials.c.trial_id)
+            .where(
+                trials.c.study_id == bindparam("study"),
+                user_attrs.c.key == bindparam("key"),
+                user_attrs.c.value_json == bindparam("text"),
+            )
         )
         self.param_names = select(params.c.param_name).where(params.c.trial_id == one)
         self.add_params = insert(params)
@@ -462,6 +475,39 @@ class TrialTable:
             if new:
                 connection.execute(self._sql.add_params, new)
         return True
+
+    def fix_params(
+        self, trial_id: int, token: str, params: Mapping[str, Any], key: str, mark: str
+    ) -> bool | None:
+        """Fix parameters of a trial that has none, as an enqueued trial's are, and mark it.
+
+        No two trials of a study get one mark. Repeated after an answer that was lost, it finds
+        what it wrote.
+
+        Args:
+            trial_id: the trial.
+            token: of the lease that must still be held.
+            params: values by name, in JSON.
+            key: the user attribute that holds the mark.
+            mark: what no other trial of the study may have there.
+
+        Returns:
+            Whether the trial has the mark now; None if it is not that token's any more.
+        """
+        user_rows = _attr_rows(trial_id, {key: mark})
+        rows = _attr_rows(trial_id, {FIXED: dict(params)})
+        with self._engine.begin() as connection:
+            if self._held(connection, trial_id, token) is None:
+                return None
+            study = connection.execute(self._sql.study_of, {"id": trial_id}).scalar_one()
+            # Of two that look for the mark at once, the second waits here for what the first wrote.
+            connection.execute(self._sql.locked_study, {"id": study}).one()
+            what = {"study": study, "key": key, "text": user_rows[0]["value_json"]}
+            marked = connection.execute(self._sql.marked, what).scalars().all()
+            if not marked:
+                self._sql.set_user_attr.run(connection, user_rows)
+                self._sql.set_attr.run(connection, rows)
+            return not marked or trial_id in marked
 
     def forget_steps(self, trial_id: int, token: str, after: int) -> bool:
         """Delete the intermediate values beyond a step; False if the trial is not its any more."""

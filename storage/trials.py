@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from storage.engine import sql_engine
 from storage.leases import host_id, parse_lease, process_gone, start_of
 from storage.retries import outages, with_retries
-from storage.trial_table import Candidate, RunningTrial, TrialTable
+from storage.trial_table import FIXED, Candidate, RunningTrial, TrialTable
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -205,6 +205,33 @@ class TrialQueue:
         ]
         if not with_retries(lambda: self._table.set_params(claim.trial_id, claim.token, rows)):
             raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+
+    def fix_params(
+        self, claim: Claim, params: Mapping[str, Any], *, mark: tuple[str, str]
+    ) -> bool:
+        """Give a trial that has no parameters yet those of an enqueued one, and mark it.
+
+        The mark says what they come from. However many workers would give one study's trials
+        the same settings at once, one does.
+
+        Args:
+            claim: the trial.
+            params: values by name.
+            mark: a user attribute, key and text, that no other trial of the study may have.
+
+        Returns:
+            False, with nothing written, if another trial has the mark.
+
+        Raises:
+            LeaseLostError: the trial is not this worker's any more.
+        """
+        key, text = mark
+        made = with_retries(
+            lambda: self._table.fix_params(claim.trial_id, claim.token, params, key, text)
+        )
+        if made is None:
+            raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+        return made
 
     def forget_steps(self, claim: Claim, *, after: int) -> None:
         """Remove the values that were reported for steps beyond ``after``.
@@ -418,7 +445,7 @@ def enqueue(
 
     template = create_trial(
         state=TrialState.WAITING,
-        system_attrs={"fixed_params": dict(params)},
+        system_attrs={FIXED: dict(params)},
         user_attrs=dict(user_attrs or {}),
     )
     trial_id = storage.create_new_trial(study_id, template_trial=template)

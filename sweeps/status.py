@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sweeps.carrying import CARRIED
 from sweeps.config import Value
 from sweeps.limits import spent, stops
 from sweeps.spec import SweepSpec
@@ -48,6 +49,7 @@ class TrialStatus:
         seconds: time that its finished attempt took, or None.
         images_per_second: of the latest epoch, or None.
         worker: who runs it, or "".
+        carried_from: which trial of another study had its settings first, or "".
     """
 
     number: int
@@ -60,6 +62,7 @@ class TrialStatus:
     seconds: float | None
     images_per_second: float | None
     worker: str
+    carried_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,4 +229,5 @@ def _read_trial(trial: FrozenTrial) -> TrialStatus:
         seconds=trial.user_attrs.get(SECONDS),
         images_per_second=curves[-1],
         worker=lease.get("worker", "") if outcome == "running" else "",
+        carried_from=trial.user_attrs.get(CARRIED, ""),
     )

@@ -32,7 +32,7 @@ from data.sources import DataError
 from storage.checkpoints import CheckpointError, CheckpointStore
 from storage.retries import StopRequestedError, is_transient, with_retries
 from storage.trials import Claim, LeaseLostError, TrialQueue
-from sweeps import search
+from sweeps import carrying, search
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
 from sweeps.limits import Session, spent, stops, stops_in
@@ -403,10 +403,24 @@ class Worker:
     def _suggested(
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, dict[str, Value]]:
+        self._carry(sweep, study, claim)
         trial = self._trial(sweep, study, claim)
         params, new = search.draw(trial, sweep.spec.search)
         self._queue.set_params(claim, new)
         return trial, params
+
+    def _carry(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> None:
+        """Fix the trial's settings to those of another study, if it is due and there are any."""
+        if not carrying.is_due(sweep.spec.budget.carry_every, claim.number):
+            return
+        if not carrying.is_undecided(self._store.get_trial(claim.trial_id)):
+            return
+        trials = [self._store.get_all_trials(s.study_id, deepcopy=False) for s in sweep.studies]
+        here = sweep.studies.index(study)
+        for found in carrying.candidates(sweep.spec, here, trials):
+            mark = (carrying.CARRIED, found.source)
+            if self._queue.fix_params(claim, found.params, mark=mark):
+                return
 
     def _trial(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> optuna.Trial:
         optuna_study = with_retries(
