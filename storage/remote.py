@@ -308,12 +308,19 @@ class RemoteTrialTable:
         return bool(self._call("set_params", **arguments))
 
     def fix_params(
-        self, trial_id: int, token: str, params: Mapping[str, Any], key: str, mark: str
+        self,
+        study_id: int,
+        trial_id: int,
+        token: str,
+        params: Mapping[str, Any],
+        key: str,
+        mark: str,
     ) -> bool | None:
         """Fix parameters of a trial that has none, and mark it."""
         made: bool | None = self._call(
-            "fix_params", trial_id=trial_id, token=token, params=dict(params), key=key, mark=mark
-        )
+            "fix_params", study_id=study_id, trial_id=trial_id, token=token, params=dict(params),
+            key=key, mark=mark,
+        )  # fmt: skip
         return made
 
     def forget_steps(self, trial_id: int, token: str, after: int) -> bool:

@@ -120,7 +120,6 @@ class _Statements:
         self.add_value = insert(values).values(
             objective=0, value_type=models.TrialValueModel.TrialValueType.FINITE
         )
-        self.study_of = select(trials.c.study_id).where(is_one)
         self.marked = (
             select(trials.c.trial_id)
             .join_from(user_attrs, trials, user_attrs.c.trial_id == trials.c.trial_id)
@@ -477,7 +476,13 @@ class TrialTable:
         return True
 
     def fix_params(
-        self, trial_id: int, token: str, params: Mapping[str, Any], key: str, mark: str
+        self,
+        study_id: int,
+        trial_id: int,
+        token: str,
+        params: Mapping[str, Any],
+        key: str,
+        mark: str,
     ) -> bool | None:
         """Fix parameters of a trial that has none, as an enqueued trial's are, and mark it.
 
@@ -485,6 +490,7 @@ class TrialTable:
         what it wrote.
 
         Args:
+            study_id: the trial's study.
             trial_id: the trial.
             token: of the lease that must still be held.
             params: values by name, in JSON.
@@ -499,10 +505,9 @@ class TrialTable:
         with self._engine.begin() as connection:
             if self._held(connection, trial_id, token) is None:
                 return None
-            study = connection.execute(self._sql.study_of, {"id": trial_id}).scalar_one()
             # Of two that look for the mark at once, the second waits here for what the first wrote.
-            connection.execute(self._sql.locked_study, {"id": study}).one()
-            what = {"study": study, "key": key, "text": user_rows[0]["value_json"]}
+            connection.execute(self._sql.locked_study, {"id": study_id}).one()
+            what = {"study": study_id, "key": key, "text": user_rows[0]["value_json"]}
             marked = connection.execute(self._sql.marked, what).scalars().all()
             if not marked:
                 self._sql.set_user_attr.run(connection, user_rows)

@@ -206,9 +206,7 @@ class TrialQueue:
         if not with_retries(lambda: self._table.set_params(claim.trial_id, claim.token, rows)):
             raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
 
-    def fix_params(
-        self, claim: Claim, params: Mapping[str, Any], *, mark: tuple[str, str]
-    ) -> bool:
+    def fix_params(self, claim: Claim, params: Mapping[str, Any], *, mark: tuple[str, str]) -> bool:
         """Give a trial that has no parameters yet those of an enqueued one, and mark it.
 
         The mark says what they come from. However many workers would give one study's trials
@@ -227,7 +225,9 @@ class TrialQueue:
         """
         key, text = mark
         made = with_retries(
-            lambda: self._table.fix_params(claim.trial_id, claim.token, params, key, text)
+            lambda: self._table.fix_params(
+                claim.study_id, claim.trial_id, claim.token, params, key, text
+            )
         )
         if made is None:
             raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optuna.pruners import BasePruner
@@ -20,14 +19,15 @@ if TYPE_CHECKING:
 class WarmupHalvingPruner(BasePruner):
     """Asynchronous successive halving with rungs that wait for each trial's warmup.
 
-    As ASHA does (Li et al. 2020, arXiv 1810.05934, section 3.2), it lets a trial pass a rung that
-    is among the best 1 in `reduction_factor` of all that have come there, the best always. What
-    differs:
+    As in ASHA (Li et al. 2020, arXiv 1810.05934, section 3.2), a trial passes a rung if it is
+    among the best 1 in `reduction_factor` of all that have come there. What differs:
 
     - A rung is not one step for all. Warmup epochs count half, as their learning rate is half of
       the peak's on average, so a trial with a warmup of W epochs comes to the rung at r epochs
       after r + W / 2, and never before its warmup has ended. Its score there is compared with
       the others' at *their* steps: what is slow at first because it warms up is not cut for it.
+    - A trial that is hardly worse than the worst that passes does, too. Halfway, the best settings
+      lie closer together than what a few hundred validation images tell apart.
     - Under a plateau schedule accuracy jumps when the learning rate drops. A trial is compared
       with what the others had before they dropped theirs more often than it did.
     - A trial that diverged later sets no bar: high rates learn fastest just before they explode.
@@ -40,6 +40,7 @@ class WarmupHalvingPruner(BasePruner):
         reduction_factor: one trial in this many passes a rung, and each rung is this many times
             as far as the one before.
         first_rung: where the first rung is, as a share of a training's epochs.
+        tolerance: by how much accuracy (0 to 1) a trial may be worse than the worst that passes.
         config: a training of the study. Its `epochs` and, where they are not searched, its
             `warmup_epochs` and `schedule` hold for all.
         seeds: trainings of each trial.
@@ -52,6 +53,7 @@ class WarmupHalvingPruner(BasePruner):
         self,
         reduction_factor: int = 2,
         first_rung: float = 0.3,
+        tolerance: float = 0.1,
         *,
         config: TrialConfig,
         seeds: int = 1,
@@ -62,8 +64,11 @@ class WarmupHalvingPruner(BasePruner):
             raise ValueError(f"reduction_factor = {reduction_factor} is not a whole number from 2")
         if not 0 < first_rung < 1:
             raise ValueError(f"first_rung = {first_rung} is not between 0 and 1")
+        if not 0 <= tolerance <= 1:
+            raise ValueError(f"tolerance = {tolerance} is not from 0 to 1")
         self._factor = reduction_factor
         self._first = first_rung
+        self._tolerance = tolerance
         self._config = config
         self._seeds = seeds
 
@@ -104,7 +109,8 @@ class WarmupHalvingPruner(BasePruner):
         ]
         mine = trial.intermediate_values[step]
         passing = max(1, (len(scores) + 1) // self._factor)
-        return sum(score > mine for score in scores) < passing
+        best = sorted([*scores, mine], reverse=True)[:passing]
+        return mine >= best[-1] - self._tolerance
 
     def _drops(self, trial: FrozenTrial, step: int) -> list[int]:
         """At which steps a plateau lowered the learning rate, up to `step`."""

@@ -144,7 +144,7 @@ class Budget:
         keep_checkpoints: whose last checkpoint stays when a trial is finished: that of the
             "best" complete trial of each study, of "all" complete trials, or of "none".
         carry_every: every so many trials of a study, one tries the best setting of the other
-            studies that it has not tried itself (`sweeps.carrying`); 0 is never.
+            studies that it has not tried itself; 0 is never.
     """
 
     trials: int = 20

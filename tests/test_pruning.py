@@ -119,7 +119,7 @@ def test_with_seeds_the_rungs_are_in_the_first_training_and_at_the_end_of_each()
     assert run(study, 0.0, good * 3) == 0
     asked = [step for step in range(1, 120) if _reads(study, step)]
     assert asked == [12, 24, 40, 80]
-    late = curve(0.0, 0.8)[:-1] + [0.7]
+    late = [*curve(0.0, 0.8)[:-1], 0.7]
     assert run(study, 0.0, late + [0.7] * 80) == 40
 
 

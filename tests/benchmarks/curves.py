@@ -217,7 +217,9 @@ def main() -> None:
             file.flush()
             if done % 50 == 0:
                 left = (time.monotonic() - started) / done * (len(missing) - done)
-                print(f"{len(records)} of {len(every)} curves, {left / 60:.0f} min left", flush=True)
+                print(
+                    f"{len(records)} of {len(every)} curves, {left / 60:.0f} min left", flush=True
+                )
     pack(records)
 
 

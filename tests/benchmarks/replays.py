@@ -18,12 +18,14 @@ The quality of a setting is its final accuracy, averaged over all seeds of the t
 diverged counts as a guess. A study has hit when the best of its complete trials, by what the
 strategy saw, has a quality within `WITHIN` of the best in the table. It then stops. Its cost is
 the epochs trained until then, those of pruned, dead and exploded trials included; the sweep's is
-the sum over studies. The table of the output has medians and quartiles over the replays. A replay
-whose studies have not all hit after `MOST` trials each counts as the most expensive of all.
+the sum over studies. A study that has tried all such settings without a hit, because it pruned
+them, has failed: its cost is infinite. Ratios to a strategy that fails in the median are to what
+it had spent by then, so they flatter it.
 
-`oracle` knows the table: each study trains one good setting in full. `in order` is what no search
-without knowledge of final accuracies can beat by pruning: random settings, each cut after one
-epoch unless it is good.
+`plateau` is no strategy but a bound: it knows from the start which settings end within three
+points of the best, and trains those in full, in any order.
+
+The table is one problem. Seeds of replays below 1000 were used to choose what ours does.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import multiprocessing
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
 
 TABLE = Path(__file__).with_name("curves.npz")
 WITHIN = 0.01
-MOST = 300
-"""Trials of a study after which a replay gives up."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Table:
         """[batches, settings]"""
         self.good = self.quality >= self.quality.max(axis=1, keepdims=True) - WITHIN - 1e-9
         self.complete = complete
+        self.seeds = np.flatnonzero((self.ends > 0).all(axis=(0, 1))).tolist()
+        """Those that the table has all curves of."""
 
     def curve(self, batch: int, setting: int, seed: int | None) -> Curve:
         """One seed's curve, or the mean over the seeds."""
@@ -158,18 +160,23 @@ class Strategy:
         samplers: of the table, the study's position and a seed: the sampler of each trial, by its
             number.
         pruner: of the table and the study's position.
-        carry: as `[budget] carry`.
+        carry_every: as in `[budget]`.
     """
 
     samplers: Callable[[Table, int, int], Callable[[int], Any]]
     pruner: Callable[[Table, int], Any]
-    carry: int = 0
+    carry_every: int = 0
+
+
+PRESET_SAMPLER = {"n_startup_trials": 8, "multivariate": True, "constant_liar": True}
 
 
 def strategies() -> dict[str, Strategy]:
     """All that are compared, by name."""
     from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
     from optuna.samplers import RandomSampler, TPESampler
+
+    from sweeps import search
 
     def each(sampler: Any) -> Any:
         """One sampler for all trials of a study, as plain Optuna has it."""
@@ -180,17 +187,32 @@ def strategies() -> dict[str, Strategy]:
 
         return samplers
 
+    def ours(table: Table, study: int, seed: int) -> Any:
+        spec = table.spec(sampler={"seed": seed, **PRESET_SAMPLER})
+        name = spec.study_names()[study]
+        return lambda number: search.build_sampler(spec, name, number)
+
     def full(table: Table, study: int) -> Any:
         return NopPruner()
 
     def median(table: Table, study: int) -> Any:
         return MedianPruner()
 
+    def late_median(table: Table, study: int) -> Any:
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=table.epochs // 2)
+
     def halving(table: Table, study: int) -> Any:
         return SuccessiveHalvingPruner(min_resource=1)
 
+    def late_halving(table: Table, study: int) -> Any:
+        return SuccessiveHalvingPruner(min_resource=table.epochs // 4, reduction_factor=2)
+
     def hyperband(table: Table, study: int) -> Any:
         return HyperbandPruner(min_resource=1, max_resource=table.epochs)
+
+    def warmup_halving(table: Table, study: int) -> Any:
+        spec = table.spec(pruner={"type": "WarmupHalvingPruner"})
+        return search.build_pruner(spec, spec.cells[study])
 
     return {
         "grid": Strategy(_grid, full),
@@ -199,7 +221,13 @@ def strategies() -> dict[str, Strategy]:
         "TPE + median": Strategy(each(TPESampler), median),
         "random + ASHA": Strategy(each(RandomSampler), halving),
         "TPE + ASHA": Strategy(each(TPESampler), halving),
+        "TPE + ASHA from epoch 10": Strategy(each(TPESampler), late_halving),
         "TPE + Hyperband": Strategy(each(TPESampler), hyperband),
+        "Sweep before": Strategy(ours, late_median),
+        "Sweep, full length": Strategy(ours, full),
+        "Sweep, nothing carried": Strategy(ours, warmup_halving),
+        "Sweep, nothing pruned": Strategy(ours, full, carry_every=3),
+        "Sweep": Strategy(ours, warmup_halving, carry_every=3),
     }
 
 
@@ -219,24 +247,30 @@ def _grid(table: Table, study: int, seed: int) -> Callable[[int], Any]:
     return sampler
 
 
-def replay(table: Table, strategy: Strategy, seed: int, one_seed: bool = False) -> list[float]:
-    """Run a sweep until each study has hit.
+@dataclass
+class Outcome:
+    """What became of a study: epochs spent, and whether it hit."""
+
+    epochs: float = 0.0
+    hit: bool = False
+
+
+def replay(table: Table, strategy: Strategy, seed: int, one_seed: bool = False) -> list[Outcome]:
+    """Run a sweep until each study has hit, or failed.
 
     Args:
         table: the curves.
         strategy: what chooses and cuts.
         seed: of the replay.
         one_seed: whether the strategy sees the curves of a single seed.
-
-    Returns:
-        Epochs of each study; infinite where it did not hit.
     """
     import optuna
 
-    from sweeps import search
+    from sweeps import carrying, search
 
-    seen = seed % table.ends.shape[2] if one_seed else None
+    seen = table.seeds[seed % len(table.seeds)] if one_seed else None
     spec = table.spec()
+    distributions = search.distributions(spec.search)
     store = optuna.storages.InMemoryStorage()
     samplers = [strategy.samplers(table, i, seed) for i in range(len(table.batches))]
     studies = [
@@ -248,97 +282,161 @@ def replay(table: Table, strategy: Strategy, seed: int, one_seed: bool = False) 
         )
         for i, cell in enumerate(spec.cells)
     ]
-    spent = [0.0] * len(studies)
+    outcomes = [Outcome() for _ in studies]
+    tried: list[list[int]] = [[] for _ in studies]
     best = [(-1.0, 0)] * len(studies)
     running = set(range(len(studies)))
-    for number in range(MOST):
+    for number in range(table.quality.shape[1]):
         for i in sorted(running):
             study = studies[i]
             study.sampler = samplers[i](number)
             trial = study.ask()
-            params = search.draw(trial, spec.search)[0]
-            setting = table.setting(params)
-            for name, distribution in search.distributions(spec.search).items():
+            params: Mapping[str, Any] | None = None
+            if carrying.is_due(strategy.carry_every, number):
+                found = carrying.candidates(
+                    spec, i, [s.get_trials(deepcopy=False) for s in studies]
+                )
+                carried = next(found, None)
+                if carried is not None:
+                    params = carried.params
+                    trial.set_user_attr(carrying.CARRIED, carried.source)
+            if params is None:
+                params, _ = search.draw(trial, spec.search)
+            setting = table.setting(params, tried[i])
+            tried[i].append(setting)
+            for name, distribution in distributions.items():
                 value = distribution.to_internal_repr(table.params(setting)[name])
                 store.set_trial_param(trial._trial_id, name, value, distribution)
             trial._cached_frozen_trial = store.get_trial(trial._trial_id)
             curve = table.curve(i, setting, seen)
-            state, cost = optuna.trial.TrialState.COMPLETE, curve.cost
-            for step, score in enumerate(curve.scores, start=1):
-                trial.report(score, step)
-                if step < table.epochs and trial.should_prune():
-                    state, cost = optuna.trial.TrialState.PRUNED, float(step)
-                    break
-            spent[i] += cost
-            if state == optuna.trial.TrialState.COMPLETE and curve.complete:
+            pruned = _pruned_at(trial, curve, table.epochs)
+            outcomes[i].epochs += pruned or curve.cost
+            if curve.complete and not pruned:
                 study.tell(trial, curve.scores[-1])
                 best[i] = max(best[i], (curve.scores[-1], -setting))
-                if table.good[i, -best[i][1]]:
-                    running.discard(i)
+                outcomes[i].hit = bool(table.good[i, -best[i][1]])
             else:
+                trial.set_user_attr("outcome", "pruned" if pruned else "diverged")
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    return [math.inf if i in running else spent[i] for i in range(len(studies))]
+            left = table.good[i].sum() - table.good[i, tried[i]].sum()
+            if outcomes[i].hit or not left:
+                running.discard(i)
+    return outcomes
 
 
-def quartiles(costs: Sequence[float]) -> list[float]:
-    """Lower quartile, median and upper quartile; infinity where a replay did not hit."""
-    return [float(np.quantile(costs, q, method="lower")) for q in (0.25, 0.5, 0.75)]
+def _pruned_at(trial: optuna.Trial, curve: Curve, epochs: int) -> int:
+    """Report a curve until the pruner ends it; the epoch at which it did, or 0."""
+    for step, score in enumerate(curve.scores, start=1):
+        trial.report(score, step)
+        if step < epochs and trial.should_prune():
+            return step
+    return 0
 
 
-def _job(job: tuple[str, int, bool]) -> list[float]:
+def plateau(table: Table, seed: int) -> list[Outcome]:
+    """The bound of the module's docstring."""
+    outcomes = []
+    for i, quality in enumerate(table.quality):
+        near = np.flatnonzero(quality >= quality.max() - 0.03)
+        order = np.random.default_rng([seed, i]).permutation(near)
+        first = int(np.flatnonzero(table.good[i, order])[0])
+        outcomes.append(Outcome(table.epochs * (first + 1.0), True))
+    return outcomes
+
+
+def summary(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
+    """Quartiles of the epochs, infinite (None in JSON) where a replay failed."""
+    costs = [sum(o.epochs for o in each) for each in outcomes]
+    failed = [not all(o.hit for o in each) for each in outcomes]
+    counted = [math.inf if f else c for c, f in zip(costs, failed, strict=True)]
+    found = [float(np.quantile(counted, q, method="higher")) for q in (0.25, 0.5, 0.75)]
+    return {
+        "quartiles": [None if math.isinf(f) else f for f in found],
+        "failed": sum(failed),
+        "at least": statistics.median(costs),
+    }
+
+
+def _job(job: tuple[Path, str, int, bool]) -> list[Outcome]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    name, seed, one_seed = job
-    return replay(_table(), strategies()[name], seed, one_seed)
+    path, name, seed, one_seed = job
+    table = _table(path)
+    if name == "plateau":
+        return plateau(table, seed)
+    return replay(table, strategies()[name], seed, one_seed)
 
 
 @functools.cache
-def _table() -> Table:
-    return Table()
+def _table(path: Path) -> Table:
+    return Table(path)
 
 
 def main() -> None:
     """Parse, replay, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [*strategies(), "plateau"]
+    parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--replays", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1000, help="Of the first replay.")
-    parser.add_argument("--strategies", nargs="+", choices=list(strategies()))
+    parser.add_argument("--strategies", nargs="+", choices=names, default=names)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    names = args.strategies or list(strategies())
-    table = _table()
-    about = table.about
-    print(f"{about['command']}, {about['date']}; {table.good.shape[1]} settings a study")
+    table = _table(args.table)
+    print(
+        f"{table.about['date']}: {int((table.ends > 0).sum())} curves of "
+        f"{table.good.shape[1]} settings; within {WITHIN:g} of the best are "
+        + ", ".join(
+            f"{n} at batch {b}" for n, b in zip(table.good.sum(1), table.batches, strict=True)
+        )
+    )
     rows: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for one_seed in (False, True):
-            print("One seed's curves:" if one_seed else "Mean curves:")
-            for name in names:
-                jobs = [(name, args.seed + i, one_seed) for i in range(args.replays)]
-                costs = pool.map(_job, jobs, chunksize=1)
-                row = {"strategy": name, "curves": "one seed" if one_seed else "mean"}
-                row["sweep"] = quartiles([sum(c) for c in costs])
-                for i, batch in enumerate(table.batches):
-                    row[f"batch {batch}"] = quartiles([c[i] for c in costs])
+            print("\nOne seed's curves:" if one_seed else "\nMean curves:")
+            for name in args.strategies:
+                jobs = [(args.table, name, args.seed + i, one_seed) for i in range(args.replays)]
+                found = pool.map(_job, jobs, chunksize=1)
+                row = {
+                    "strategy": name,
+                    "curves": "one seed" if one_seed else "mean",
+                    "sweep": summary(found),
+                    **{
+                        f"batch {batch}": summary([[each[i]] for each in found])
+                        for i, batch in enumerate(table.batches)
+                    },
+                }
                 rows.append(row)
-                _show(row, rows)
+                _show(row, rows, args.replays)
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2))
+        args.json.write_text(
+            json.dumps({"command": sys.argv[1:], "about": table.about, "rows": rows}, indent=1)
+        )
 
 
-def _show(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    medians = {r["strategy"]: r["sweep"][1] for r in rows if r["curves"] == row["curves"]}
-    low, median, high = row["sweep"]
+def _show(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], replays: int) -> None:
+    def median(of: Mapping[str, Any]) -> float:
+        """What a strategy that fails in the median had spent by then."""
+        return float(of["quartiles"][1] or of["at least"])
+
+    same = {r["strategy"]: r["sweep"] for r in rows if r["curves"] == row["curves"]}
+    sweep = row["sweep"]
     ratios = "".join(
-        f"  {median / medians[base]:5.2f} of {base}"
+        f"  {median(sweep) / median(same[base]):.2f} of {base}"
         for base in ("random", "TPE + median")
-        if base in medians
+        if base in same and base != row["strategy"] and sweep["quartiles"][1]
     )
-    studies = "  ".join(f"{k[6:]}: {v[1]:.0f}" for k, v in row.items() if k.startswith("batch"))
+    low, middle, high = ("never" if q is None else f"{q:.0f}" for q in sweep["quartiles"])
+    studies = " ".join(
+        f"{'never' if v['quartiles'][1] is None else round(v['quartiles'][1]):>5}"
+        for k, v in row.items()
+        if k.startswith("batch")
+    )
+    failed = f"  {sweep['failed']} of {replays} failed" if sweep["failed"] else ""
     print(
-        f"{row['strategy']:<28}{median:7.0f} ({low:.0f} to {high:.0f}); {studies};{ratios}",
+        f"{row['strategy']:<25}{middle:>6} ({low} to {high})  [{studies}]{ratios}{failed}",
         flush=True,
     )
 
