@@ -242,9 +242,10 @@ class RemoteTrialTable:
             for study_id, trial_id, number, started, lease_text in rows
         ]
 
-    def candidates(self, studies: Sequence[tuple[int, int]]) -> list[Candidate]:
+    def candidates(self, studies: Sequence[tuple[int, int]], lag: int = 0) -> list[Candidate]:
         """List what may be claimed, best first."""
-        return [Candidate(*row) for row in self._call("candidates", studies=list(studies))]
+        rows = self._call("candidates", studies=list(studies), lag=lag)
+        return [Candidate(*row) for row in rows]
 
     def unfinished(self, studies: Sequence[tuple[int, int]]) -> int:
         """Count the trials below the budgets that are not finished."""

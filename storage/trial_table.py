@@ -129,6 +129,15 @@ class _Statements:
                 user_attrs.c.value_json == bindparam("text"),
             )
         )
+        self.fixed = (
+            select(trials.c.trial_id)
+            .join_from(attrs, trials, attrs.c.trial_id == trials.c.trial_id)
+            .where(
+                trials.c.study_id == bindparam("study"),
+                attrs.c.key == FIXED,
+                attrs.c.value_json == bindparam("text"),
+            )
+        )
         self.param_names = select(params.c.param_name).where(params.c.trial_id == one)
         self.add_params = insert(params)
         self.forget_steps = delete(steps).where(
@@ -249,8 +258,11 @@ class TrialTable:
             rows = connection.execute(self._sql.running, {"studies": list(study_ids)})
             return [RunningTrial(*row) for row in rows]
 
-    def candidates(self, studies: Sequence[tuple[int, int]]) -> list[Candidate]:
-        """List what may be claimed, best first: lowest number, then the study's position."""
+    def candidates(self, studies: Sequence[tuple[int, int]], lag: int = 0) -> list[Candidate]:
+        """List what may be claimed, best first: lowest number, then the study's position.
+
+        Numbers of a study count as many higher as it is `lag` times behind the first.
+        """
         positions = {study: position for position, (study, _) in enumerate(studies)}
         with self._reading() as connection:
             waiting = connection.execute(self._sql.waiting(tuple(positions)), _budgets(studies))
@@ -265,7 +277,7 @@ class TrialTable:
             for position, (study_id, budget) in enumerate(studies)
             if counts.get(study_id, 0) < budget
         ]
-        return sorted(found, key=lambda candidate: (candidate.number, candidate.position))
+        return sorted(found, key=lambda c: (c.number + lag * c.position, c.position))
 
     def unfinished(self, studies: Sequence[tuple[int, int]]) -> int:
         """Count the trials below the budgets, existing or not, that are not finished."""
@@ -486,8 +498,8 @@ class TrialTable:
     ) -> bool | None:
         """Fix parameters of a trial that has none, as an enqueued trial's are, and mark it.
 
-        No two trials of a study get one mark. Repeated after an answer that was lost, it finds
-        what it wrote.
+        No two trials of a study get one mark, or the same parameters. Repeated after an answer
+        that was lost, it finds what it wrote.
 
         Args:
             study_id: the trial's study.
@@ -508,11 +520,15 @@ class TrialTable:
             # Of two that look for the mark at once, the second waits here for what the first wrote.
             connection.execute(self._sql.locked_study, {"id": study_id}).one()
             what = {"study": study_id, "key": key, "text": user_rows[0]["value_json"]}
-            marked = connection.execute(self._sql.marked, what).scalars().all()
-            if not marked:
+            same = {"study": study_id, "text": rows[0]["value_json"]}
+            taken = {
+                *connection.execute(self._sql.marked, what).scalars(),
+                *connection.execute(self._sql.fixed, same).scalars(),
+            }
+            if not taken:
                 self._sql.set_user_attr.run(connection, user_rows)
                 self._sql.set_attr.run(connection, rows)
-            return not marked or trial_id in marked
+            return not taken or trial_id in taken
 
     def forget_steps(self, trial_id: int, token: str, after: int) -> bool:
         """Delete the intermediate values beyond a step; False if the trial is not its any more."""

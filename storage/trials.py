@@ -105,7 +105,7 @@ class TrialQueue:
         self._observed: dict[int, tuple[object, float]] = {}
         self._outages = outages()
 
-    def claim(self, studies: Sequence[tuple[int, int]]) -> Claim | None:
+    def claim(self, studies: Sequence[tuple[int, int]], *, lag: int = 0) -> Claim | None:
         """Claim the next trial of some studies, or return None if there is none just now.
 
         First puts back the trials whose lease has run out. Then takes the lowest trial number
@@ -116,6 +116,7 @@ class TrialQueue:
 
         Args:
             studies: pairs of (Optuna study id, budget in trials).
+            lag: trials by which each study is to stay behind the one listed before it.
 
         Raises:
             StorageError: a study was deleted.
@@ -123,20 +124,20 @@ class TrialQueue:
         if not studies:
             return None
         token = secrets.token_hex(16)
-        claim = with_retries(lambda: self._claim(studies, token))
+        claim = with_retries(lambda: self._claim(studies, token, lag))
         if claim is None:
             return None
         with self._lock:
             self._held[claim.trial_id] = claim
         return claim
 
-    def _claim(self, studies: Sequence[tuple[int, int]], token: str) -> Claim | None:
+    def _claim(self, studies: Sequence[tuple[int, int]], token: str, lag: int) -> Claim | None:
         for trial in self._requeue_run_out([study_id for study_id, _ in studies]):
             lease = parse_lease(trial.lease_text)
             if lease.get("token") == token:
                 # An earlier try had gone through, and only its answer was lost.
                 return self._made(trial.study_id, trial.trial_id, trial.number, lease)
-        while candidates := self._table.candidates(studies):
+        while candidates := self._table.candidates(studies, lag):
             for candidate in candidates:
                 claim = self._take(candidate, token)
                 if claim is not None:
@@ -210,7 +211,7 @@ class TrialQueue:
         """Give a trial that has no parameters yet those of an enqueued one, and mark it.
 
         The mark says what they come from. However many workers would give one study's trials
-        the same settings at once, one does.
+        the same parameters at once, one does.
 
         Args:
             claim: the trial.
@@ -218,7 +219,8 @@ class TrialQueue:
             mark: a user attribute, key and text, that no other trial of the study may have.
 
         Returns:
-            False, with nothing written, if another trial has the mark.
+            False, with nothing written, if another trial has the mark, or these parameters as
+            those that were fixed for it.
 
         Raises:
             LeaseLostError: the trial is not this worker's any more.

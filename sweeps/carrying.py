@@ -1,9 +1,14 @@
-"""Settings that did well in one study of a sweep are tried in the others.
+"""Settings that did well in one study of a sweep are tried early in the next.
 
 The studies of a sweep ask the same question under other conditions, and what is good at batch 128
-is often good at 1024. With `[budget] carry_every = n`, every n-th trial of a study is not the
-sampler's: it tries the best setting of the other studies that this one has not tried. It counts in
-the study's budget like any other, and the sampler learns from it.
+is often good at 1024. With `[budget] carry = n`, the first n trials of a study after its known
+settings are not the sampler's: they try the best settings of the studies before it. They count in
+the study's budget like any other, and the sampler learns from them. Where the studies differ in
+their batch size, the learning rate grows with it, as the linear scaling rule has it (Goyal et al.
+2017, arXiv 1706.02677, section 2.1), up to the end of its range.
+
+So that there is something to carry, each study begins :data:`HEAD_START` trials after the one
+before it; then they advance side by side.
 
 Such a trial has the user attribute :data:`CARRIED`, which says where its setting was found first.
 No two trials of a study have the same: workers that claim trials at the same time never carry
@@ -28,6 +33,9 @@ if TYPE_CHECKING:
 CARRIED = "carried_from"
 """User attribute of a trial that was carried: whence."""
 
+HEAD_START = 8
+"""Trials by which a study is ahead of the next: about as many as a sampler draws at random."""
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -42,9 +50,16 @@ class Carried:
     params: Mapping[str, Value]
 
 
-def is_due(carry_every: int, number: int) -> bool:
-    """Whether the trial with that number, if nothing else decides, is to try a carried setting."""
-    return carry_every > 0 and number % carry_every == carry_every - 1
+def is_due(spec: SweepSpec, here: int, number: int) -> bool:
+    """Whether the trial of that number in a study is to try a carried setting, if there is one.
+
+    Args:
+        spec: the sweep.
+        here: position of the study among the spec's cells.
+        number: of the trial.
+    """
+    known = sum(t.applies_to(spec.cells[here]) for t in spec.tries)
+    return here > 0 and known <= number < known + spec.budget.carry
 
 
 def is_undecided(trial: FrozenTrial) -> bool:
@@ -52,37 +67,50 @@ def is_undecided(trial: FrozenTrial) -> bool:
     return not trial.params and FIXED not in trial.system_attrs
 
 
-def candidates(
-    spec: SweepSpec, here: int, trials: Sequence[Sequence[FrozenTrial]]
-) -> Iterator[Carried]:
-    """What a study may be given from the others, in the order in which it is tried.
+def candidates(spec: SweepSpec, trials: Sequence[Sequence[FrozenTrial]]) -> Iterator[Carried]:
+    """What a study may be given from those before it, in the order in which it is tried.
 
-    First the best of each other study, the nearest first, then the second best of each, and so
-    on. A study is near that differs in few enumerated settings, and in those that are numbers by
-    a small factor.
+    First the best of each study, the nearest first, then the second best of each, and so on. A
+    study is near that differs in few enumerated settings, and in those that are numbers by a
+    small factor.
 
     Args:
         spec: the sweep.
-        here: position of the study among the spec's cells.
-        trials: of each study, in the order of the cells; of the others, only those that are
-            complete count.
+        trials: of each study in the order of the spec's cells, up to the one that is to be given
+            something; of those before it, only trials that are complete count.
     """
+    here = len(trials) - 1
     tried = [_settings(trial) for trial in trials[here]]
     marks = {trial.user_attrs.get(CARRIED) for trial in trials[here]}
-    others = sorted(
-        (i for i in range(len(trials)) if i != here),
-        key=lambda i: (*_distance(spec.cells[here], spec.cells[i]), abs(i - here), i),
+    nearest = sorted(
+        range(here), key=lambda i: (*_distance(spec.cells[here], spec.cells[i]), here - i)
     )
     ranked = [
         (rank, nearness, i, trial)
-        for nearness, i in enumerate(others)
+        for nearness, i in enumerate(nearest)
         for rank, trial in enumerate(_best_first(trials[i]))
     ]
     for _, _, i, trial in sorted(ranked, key=lambda entry: entry[:2]):
         source = trial.user_attrs.get(CARRIED) or f"{_name(spec.cells[i])} #{trial.number}"
-        if source in marks or trial.params in tried or not _fits(spec, here, trial.params):
+        if trial.params.keys() != spec.search.keys():
             continue
-        yield Carried(source, dict(trial.params))
+        params = _scaled(spec, i, here, trial.params)
+        if source not in marks and params not in tried and _fits(spec, here, params):
+            yield Carried(source, params)
+
+
+def _scaled(
+    spec: SweepSpec, there: int, here: int, params: Mapping[str, Value]
+) -> dict[str, Value]:
+    """The settings, the learning rate brought to this study's batch size."""
+    found = {name: params[name] for name in spec.search}
+    rates, rate = spec.search.get("peak_lr"), params.get("peak_lr")
+    batches = [spec.cells[i].get("global_batch_size") for i in (there, here)]
+    if rates is None or rates.low is None or rates.high is None or None in batches:
+        return found
+    scaled = float(rate) * float(batches[1]) / float(batches[0])  # type: ignore[arg-type]
+    scaled = min(max(scaled, float(rates.low)), float(rates.high))
+    return {**found, "peak_lr": scaled} if rates.contains(scaled) else found
 
 
 def _best_first(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -96,8 +124,6 @@ def _settings(trial: FrozenTrial) -> Mapping[str, Any]:
 
 def _fits(spec: SweepSpec, here: int, params: Mapping[str, Value]) -> bool:
     """Whether the study could try a setting: the spaces of old trials may have been others."""
-    if params.keys() != spec.search.keys():
-        return False
     if not all(spec.search[name].contains(value) for name, value in params.items()):
         return False
     try:

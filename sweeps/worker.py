@@ -188,7 +188,8 @@ class Worker:
             if self._stop.is_set() or self._spent(sweep):
                 return
             studies = [(study.study_id, study.budget) for study in sweep.studies]
-            claim = self._queue.claim(studies)
+            lag = carrying.HEAD_START if sweep.spec.budget.carry else 0
+            claim = self._queue.claim(studies, lag=lag)
             if claim is None:
                 if self._queue.pending(studies) == 0:
                     return
@@ -411,13 +412,14 @@ class Worker:
 
     def _carry(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> None:
         """Fix the trial's settings to those of another study, if it is due and there are any."""
-        if not carrying.is_due(sweep.spec.budget.carry_every, claim.number):
+        here = sweep.studies.index(study)
+        if not carrying.is_due(sweep.spec, here, claim.number):
             return
         if not carrying.is_undecided(self._store.get_trial(claim.trial_id)):
             return
-        trials = [self._store.get_all_trials(s.study_id, deepcopy=False) for s in sweep.studies]
-        here = sweep.studies.index(study)
-        for found in carrying.candidates(sweep.spec, here, trials):
+        upto = sweep.studies[: here + 1]
+        trials = [self._store.get_all_trials(s.study_id, deepcopy=False) for s in upto]
+        for found in carrying.candidates(sweep.spec, trials):
             mark = (carrying.CARRIED, found.source)
             if self._queue.fix_params(claim, found.params, mark=mark):
                 return

@@ -370,11 +370,14 @@ def test_settings_are_fixed_for_one_trial_of_a_study(
     queue = TrialQueue(study._storage, worker_id="w")
     claims = [queue.claim([(study._study_id, 2)]) for _ in range(2)]
     there = queue.claim([(beside._study_id, 1)])
-    assert claims[0] and claims[1] and there
+    assert claims[0] is not None
+    assert claims[1] is not None
+    assert there is not None
     mark = ("carried_from", "other #3")
     assert queue.fix_params(claims[0], {"x": 0.25}, mark=mark)
     assert lost
-    assert not queue.fix_params(claims[1], {"x": 0.25}, mark=mark)
+    assert not queue.fix_params(claims[1], {"x": 0.5}, mark=mark)
+    assert not queue.fix_params(claims[1], {"x": 0.25}, mark=("carried_from", "third #1"))
     assert queue.fix_params(there, {"x": 0.25}, mark=mark)
     first, second = trials(url)
     assert first.system_attrs["fixed_params"] == {"x": 0.25}
@@ -394,7 +397,7 @@ def fix(url: str, worker_id: str, study_id: int) -> list[str]:
     for mark in range(3):
         claim = queue.claim([(study_id, 12)])
         assert claim is not None
-        if queue.fix_params(claim, {"x": 0.5}, mark=("carried_from", str(mark))):
+        if queue.fix_params(claim, {"x": mark / 10}, mark=("carried_from", str(mark))):
             got.append(str(mark))
         assert queue.finish(claim, TrialState.COMPLETE, 0.5)
     return got

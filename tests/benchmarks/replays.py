@@ -5,9 +5,10 @@
 Nothing is trained: each trial's curve is read from `curves.npz` (see `curves.py`), and what a
 strategy does with it is real: real Optuna studies, samplers and pruners, and of ours the product's
 own. A sweep is three studies, one for each batch size of the table, that take turns trial by
-trial, as one worker runs them. What a sampler suggests is snapped to the nearest setting of the
-grid that the study has not tried, and stored so: in a space that is not a grid, a sampler that
-closes in on a place tries another setting each time, with another outcome.
+trial, as one worker runs them; where settings are carried, with the product's head start. What a
+sampler suggests is snapped to the nearest setting of the grid that the study has not tried, and
+stored so: in a space that is not a grid, a sampler that closes in on a place tries another setting
+each time, with another outcome.
 
 What a strategy sees of a setting is either the mean of its seeds' curves, where a setting ends as
 its first seed to diverge does (the headline), or the curve of one seed, another for each replay.
@@ -160,12 +161,12 @@ class Strategy:
         samplers: of the table, the study's position and a seed: the sampler of each trial, by its
             number.
         pruner: of the table and the study's position.
-        carry_every: as in `[budget]`.
+        carry: as in `[budget]`.
     """
 
     samplers: Callable[[Table, int, int], Callable[[int], Any]]
     pruner: Callable[[Table, int], Any]
-    carry_every: int = 0
+    carry: int = 0
 
 
 PRESET_SAMPLER = {"n_startup_trials": 8, "multivariate": True, "constant_liar": True}
@@ -226,8 +227,8 @@ def strategies() -> dict[str, Strategy]:
         "Sweep before": Strategy(ours, late_median),
         "Sweep, full length": Strategy(ours, full),
         "Sweep, nothing carried": Strategy(ours, warmup_halving),
-        "Sweep, nothing pruned": Strategy(ours, full, carry_every=3),
-        "Sweep": Strategy(ours, warmup_halving, carry_every=3),
+        "Sweep, nothing pruned": Strategy(ours, full, carry=4),
+        "Sweep": Strategy(ours, warmup_halving, carry=4),
     }
 
 
@@ -269,7 +270,7 @@ def replay(table: Table, strategy: Strategy, seed: int, one_seed: bool = False) 
     from sweeps import carrying, search
 
     seen = table.seeds[seed % len(table.seeds)] if one_seed else None
-    spec = table.spec()
+    spec = table.spec(budget={"trials": table.quality.shape[1], "carry": strategy.carry})
     distributions = search.distributions(spec.search)
     store = optuna.storages.InMemoryStorage()
     samplers = [strategy.samplers(table, i, seed) for i in range(len(table.batches))]
@@ -286,41 +287,40 @@ def replay(table: Table, strategy: Strategy, seed: int, one_seed: bool = False) 
     tried: list[list[int]] = [[] for _ in studies]
     best = [(-1.0, 0)] * len(studies)
     running = set(range(len(studies)))
-    for number in range(table.quality.shape[1]):
-        for i in sorted(running):
-            study = studies[i]
-            study.sampler = samplers[i](number)
-            trial = study.ask()
-            params: Mapping[str, Any] | None = None
-            if carrying.is_due(strategy.carry_every, number):
-                found = carrying.candidates(
-                    spec, i, [s.get_trials(deepcopy=False) for s in studies]
-                )
-                carried = next(found, None)
-                if carried is not None:
-                    params = carried.params
-                    trial.set_user_attr(carrying.CARRIED, carried.source)
-            if params is None:
-                params, _ = search.draw(trial, spec.search)
-            setting = table.setting(params, tried[i])
-            tried[i].append(setting)
-            for name, distribution in distributions.items():
-                value = distribution.to_internal_repr(table.params(setting)[name])
-                store.set_trial_param(trial._trial_id, name, value, distribution)
-            trial._cached_frozen_trial = store.get_trial(trial._trial_id)
-            curve = table.curve(i, setting, seen)
-            pruned = _pruned_at(trial, curve, table.epochs)
-            outcomes[i].epochs += pruned or curve.cost
-            if curve.complete and not pruned:
-                study.tell(trial, curve.scores[-1])
-                best[i] = max(best[i], (curve.scores[-1], -setting))
-                outcomes[i].hit = bool(table.good[i, -best[i][1]])
-            else:
-                trial.set_user_attr("outcome", "pruned" if pruned else "diverged")
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            left = table.good[i].sum() - table.good[i, tried[i]].sum()
-            if outcomes[i].hit or not left:
-                running.discard(i)
+    lag = carrying.HEAD_START if strategy.carry else 0
+    while running:
+        i = min(running, key=lambda i: (len(tried[i]) + lag * i, i))
+        study, number = studies[i], len(tried[i])
+        study.sampler = samplers[i](number)
+        trial = study.ask()
+        params: Mapping[str, Any] | None = None
+        if carrying.is_due(spec, i, number):
+            upto = [s.get_trials(deepcopy=False) for s in studies[: i + 1]]
+            carried = next(carrying.candidates(spec, upto), None)
+            if carried is not None:
+                params = carried.params
+                trial.set_user_attr(carrying.CARRIED, carried.source)
+        if params is None:
+            params, _ = search.draw(trial, spec.search)
+        setting = table.setting(params, tried[i])
+        tried[i].append(setting)
+        for name, distribution in distributions.items():
+            value = distribution.to_internal_repr(table.params(setting)[name])
+            store.set_trial_param(trial._trial_id, name, value, distribution)
+        trial._cached_frozen_trial = store.get_trial(trial._trial_id)
+        curve = table.curve(i, setting, seen)
+        pruned = _pruned_at(trial, curve, table.epochs)
+        outcomes[i].epochs += pruned or curve.cost
+        if curve.complete and not pruned:
+            study.tell(trial, curve.scores[-1])
+            best[i] = max(best[i], (curve.scores[-1], -setting))
+            outcomes[i].hit = bool(table.good[i, -best[i][1]])
+        else:
+            trial.set_user_attr("outcome", "pruned" if pruned else "diverged")
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        left = table.good[i].sum() - table.good[i, tried[i]].sum()
+        if outcomes[i].hit or not left:
+            running.discard(i)
     return outcomes
 
 
