@@ -22,7 +22,7 @@ def spec(**changes: Any) -> SweepSpec:
     table: dict[str, Any] = {
         "train": TRAIN,
         "search": {"warmup_epochs": {"low": 0.0, "high": 30.0}},
-        "pruner": {"type": "WarmupHalvingPruner"},
+        "pruner": {"type": "WarmupHalvingPruner", "tolerance": 0.01},
     }
     return SweepSpec.from_table({**table, **changes}, name="s")
 
@@ -84,10 +84,17 @@ def test_a_slow_trial_is_cut_at_its_own_rung_and_never_within_its_warmup() -> No
 
 
 def test_half_of_equals_in_the_making_pass_a_rung() -> None:
-    study = study_of(spec())
+    study = study_of(spec(pruner={"type": "WarmupHalvingPruner", "tolerance": 0.0}))
     ends = [run(study, 0.0, curve(0.0, final)) for final in (0.4, 0.5, 0.6, 0.7, 0.65, 0.55, 0.3)]
-    # The first has nobody to be compared with; every next best passes; of five, two do.
+    # The first has nobody to be compared with; every next best passes; of six, three.
     assert ends == [0, 0, 0, 0, 0, 12, 12]
+
+
+def test_a_trial_that_is_hardly_worse_passes_too() -> None:
+    study = study_of(spec(pruner={"type": "WarmupHalvingPruner", "tolerance": 0.1}))
+    for score in (0.8, 0.8, 0.71):
+        assert run(study, 0.0, [score] * 40) == 0
+    assert run(study, 0.0, [0.69] * 40) == 12
 
 
 def test_a_trial_that_exploded_later_sets_no_bar() -> None:
@@ -166,6 +173,7 @@ def test_between_rungs_it_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         ({"reduction_factor": 1}, "from 2"),
         ({"reduction_factor": 2.5}, "whole number"),
         ({"first_rung": 1.0}, "between 0 and 1"),
+        ({"tolerance": -0.1}, "from 0 to 1"),
         ({"first_rungs": 0.5}, "did you mean 'first_rung'"),
         ({"seeds": 3}, "leave it out"),
         ({"config": "x"}, "leave it out"),
@@ -180,7 +188,7 @@ def test_a_worker_asks_it(tmp_path: Path) -> None:
     made = make_spec(
         train={"epochs": 5, "warmup_epochs": 2.0},
         search={"peak_lr": {"choices": [1e-4, 0.1]}},
-        pruner={"type": "WarmupHalvingPruner"},
+        pruner={"type": "WarmupHalvingPruner", "tolerance": 0.0},
         budget={"trials": 6},
         sampler={"type": "RandomSampler"},
     )
