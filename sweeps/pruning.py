@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.pruners import BasePruner
 
+from sweeps.attributes import CURVES, OUTCOME
 from sweeps.config import TrialConfig
-from sweeps.status import CURVES, OUTCOME
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sweeps.attributes import CURVES as CURVES
+from sweeps.attributes import OUTCOME as OUTCOME
 from sweeps.carrying import CARRIED
 from sweeps.config import Value
 from sweeps.limits import spent, stops
@@ -19,10 +21,8 @@ if TYPE_CHECKING:
 
     from sweeps.confirmation import Confirmation
 
-OUTCOME = "outcome"
 REASON = "reason"
 SECONDS = "seconds"
-CURVES = "sweep:curves"
 PROVENANCE = "sweep:provenance"
 FAILURES = "sweep:failures"
 PROGRESS = "sweep:progress"

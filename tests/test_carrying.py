@@ -1,5 +1,6 @@
 """Settings carried between the studies of a sweep: real studies, real workers."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_the_first_trials_of_a_study_try_what_did_best_before_within_the_budget(
 ) -> None:
     first, second = run(tmp_path / "a")
     assert [len(first), len(second)] == [10, 10], "the budget is exact"
-    begun = sorted([*first, *second], key=lambda t: t.datetime_start)
+    begun = sorted([*first, *second], key=lambda t: t.datetime_start or datetime.max)
     eight = carrying.HEAD_START
     assert begun[:eight] == first[:eight]
     assert [t.number for t in begun[eight : eight + 4]] == [eight, 0, eight + 1, 1]

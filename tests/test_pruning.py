@@ -162,7 +162,12 @@ def test_between_rungs_it_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     study = study_of(spec())
     reads = []
     get_trials = study.get_trials
-    monkeypatch.setattr(study, "get_trials", lambda **kw: reads.append(kw) or get_trials(**kw))
+
+    def reading(**options: Any) -> Any:
+        reads.append(options)
+        return get_trials(**options)
+
+    monkeypatch.setattr(study, "get_trials", reading)
     run(study, 5.0, curve(5.0, 0.8))
     assert len(reads) == 2, "a rung at 12 and one at 24 epochs"
 
