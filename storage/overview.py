@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from storage.engine import READ_ONLY_OPTION, sql_engine
+from storage.trial_table import FIXED
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
     from storage.remote import RemoteTrialTable
-
-FIXED_PARAMS = "fixed_params"
-"""Optuna's system attribute with the parameters that a trial was enqueued with."""
-
 
 @dataclass(frozen=True)
 class TrialOverview:
@@ -153,7 +150,7 @@ def overview_rows(
         "studies": list(study_ids),
         "since": since,
         "user_attrs": list(user_attrs),
-        "system_attrs": [*running_attrs, FIXED_PARAMS],
+        "system_attrs": [*running_attrs, FIXED],
     }
     to_value = TrialValueModel.stored_repr_to_value
     to_step = TrialIntermediateValueModel.stored_repr_to_intermediate_value
@@ -253,6 +250,6 @@ def _queries() -> tuple[Select[Any], ...]:
         ),
         of_trials(system, system.c.key, system.c.value_json).where(
             system.c.key.in_(bindparam("system_attrs", expanding=True)),
-            or_(trials.c.state == TrialState.RUNNING, system.c.key == FIXED_PARAMS),
+            or_(trials.c.state == TrialState.RUNNING, system.c.key == FIXED),
         ),
     )  # fmt: skip

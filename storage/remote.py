@@ -249,9 +249,10 @@ class RemoteTrialTable:
             for study_id, trial_id, number, started, lease_text in rows
         ]
 
-    def candidates(self, studies: Sequence[tuple[int, int]]) -> list[Candidate]:
+    def candidates(self, studies: Sequence[tuple[int, int]], lag: int = 0) -> list[Candidate]:
         """List what may be claimed, best first."""
-        return [Candidate(*row) for row in self._call("candidates", studies=list(studies))]
+        rows = self._call("candidates", studies=list(studies), lag=lag)
+        return [Candidate(*row) for row in rows]
 
     def unfinished(self, studies: Sequence[tuple[int, int]]) -> int:
         """Count the trials below the budgets that are not finished."""
@@ -331,6 +332,22 @@ class RemoteTrialTable:
         """Write the parameters that a trial lacks, all or none."""
         arguments = {"trial_id": trial_id, "token": token, "params": list(params)}
         return bool(self._call("set_params", **arguments))
+
+    def fix_params(
+        self,
+        study_id: int,
+        trial_id: int,
+        token: str,
+        params: Mapping[str, Any],
+        key: str,
+        mark: str,
+    ) -> bool | None:
+        """Fix parameters of a trial that has none, and mark it."""
+        made: bool | None = self._call(
+            "fix_params", study_id=study_id, trial_id=trial_id, token=token, params=dict(params),
+            key=key, mark=mark,
+        )  # fmt: skip
+        return made
 
     def forget_steps(self, trial_id: int, token: str, after: int) -> bool:
         """Delete the intermediate values beyond a step."""

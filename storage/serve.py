@@ -133,7 +133,7 @@ def _check_port(host: str, port: int) -> None:
         probe.bind((host, port))
 
 
-_AS_IT_IS = ("take", "create", "set_params", "forget_steps", "beat", "report")
+_AS_IT_IS = ("take", "create", "set_params", "fix_params", "forget_steps", "beat", "report")
 
 
 class _Claims:
@@ -198,10 +198,10 @@ class _Claims:
             for trial in self._table.running(study_ids)
         ]
 
-    def _candidates(self, studies: list[list[int]]) -> list[list[Any]]:
+    def _candidates(self, studies: list[list[int]], lag: int) -> list[list[Any]]:
         return [
             [found.number, found.position, found.study_id, found.trial_id]
-            for found in self._table.candidates(_pairs(studies))
+            for found in self._table.candidates(_pairs(studies), lag)
         ]
 
     def _read(self, trial_id: int) -> list[Any] | None:

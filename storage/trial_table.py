@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Executable, Select, Table
     from sqlalchemy.engine import Connection, Engine
 
+FIXED = "fixed_params"
+"""Optuna's system attribute of a trial whose parameters are given, not suggested."""
+
 _CANDIDATES = 32
 
 
@@ -116,6 +119,24 @@ class _Statements:
         self.add_attr = insert(attrs)
         self.add_value = insert(values).values(
             objective=0, value_type=models.TrialValueModel.TrialValueType.FINITE
+        )
+        self.marked = (
+            select(trials.c.trial_id)
+            .join_from(user_attrs, trials, user_attrs.c.trial_id == trials.c.trial_id)
+            .where(
+                trials.c.study_id == bindparam("study"),
+                user_attrs.c.key == bindparam("key"),
+                user_attrs.c.value_json == bindparam("text"),
+            )
+        )
+        self.fixed = (
+            select(trials.c.trial_id)
+            .join_from(attrs, trials, attrs.c.trial_id == trials.c.trial_id)
+            .where(
+                trials.c.study_id == bindparam("study"),
+                attrs.c.key == FIXED,
+                attrs.c.value_json == bindparam("text"),
+            )
         )
         self.param_names = select(params.c.param_name).where(params.c.trial_id == one)
         self.add_params = insert(params)
@@ -237,8 +258,11 @@ class TrialTable:
             rows = connection.execute(self._sql.running, {"studies": list(study_ids)})
             return [RunningTrial(*row) for row in rows]
 
-    def candidates(self, studies: Sequence[tuple[int, int]]) -> list[Candidate]:
-        """List what may be claimed, best first: lowest number, then the study's position."""
+    def candidates(self, studies: Sequence[tuple[int, int]], lag: int = 0) -> list[Candidate]:
+        """List what may be claimed, best first: lowest number, then the study's position.
+
+        Numbers of a study count as many higher as it is `lag` times behind the first.
+        """
         positions = {study: position for position, (study, _) in enumerate(studies)}
         with self._reading() as connection:
             waiting = connection.execute(self._sql.waiting(tuple(positions)), _budgets(studies))
@@ -253,7 +277,7 @@ class TrialTable:
             for position, (study_id, budget) in enumerate(studies)
             if counts.get(study_id, 0) < budget
         ]
-        return sorted(found, key=lambda candidate: (candidate.number, candidate.position))
+        return sorted(found, key=lambda c: (c.number + lag * c.position, c.position))
 
     def unfinished(self, studies: Sequence[tuple[int, int]]) -> int:
         """Count the trials below the budgets, existing or not, that are not finished."""
@@ -467,6 +491,49 @@ class TrialTable:
             if new:
                 connection.execute(self._sql.add_params, new)
         return True
+
+    def fix_params(
+        self,
+        study_id: int,
+        trial_id: int,
+        token: str,
+        params: Mapping[str, Any],
+        key: str,
+        mark: str,
+    ) -> bool | None:
+        """Fix parameters of a trial that has none, as an enqueued trial's are, and mark it.
+
+        No two trials of a study get one mark, or the same parameters. Repeated after an answer
+        that was lost, it finds what it wrote.
+
+        Args:
+            study_id: the trial's study.
+            trial_id: the trial.
+            token: of the lease that must still be held.
+            params: values by name, in JSON.
+            key: the user attribute that holds the mark.
+            mark: what no other trial of the study may have there.
+
+        Returns:
+            Whether the trial has the mark now; None if it is not that token's any more.
+        """
+        user_rows = _attr_rows(trial_id, {key: mark})
+        rows = _attr_rows(trial_id, {FIXED: dict(params)})
+        with self._engine.begin() as connection:
+            if self._held(connection, trial_id, token) is None:
+                return None
+            # Of two that look for the mark at once, the second waits here for what the first wrote.
+            connection.execute(self._sql.locked_study, {"id": study_id}).one()
+            what = {"study": study_id, "key": key, "text": user_rows[0]["value_json"]}
+            same = {"study": study_id, "text": rows[0]["value_json"]}
+            taken = {
+                *connection.execute(self._sql.marked, what).scalars(),
+                *connection.execute(self._sql.fixed, same).scalars(),
+            }
+            if not taken:
+                self._sql.set_user_attr.run(connection, user_rows)
+                self._sql.set_attr.run(connection, rows)
+            return not taken or trial_id in taken
 
     def forget_steps(self, trial_id: int, token: str, after: int) -> bool:
         """Delete the intermediate values beyond a step; False if the trial is not its any more."""

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from storage.engine import sql_engine
 from storage.leases import host_id, parse_lease, process_gone, start_of
 from storage.retries import outages, with_retries
-from storage.trial_table import Candidate, RunningTrial, TrialTable
+from storage.trial_table import FIXED, Candidate, RunningTrial, TrialTable
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -105,7 +105,7 @@ class TrialQueue:
         self._observed: dict[int, tuple[object, float]] = {}
         self._outages = outages()
 
-    def claim(self, studies: Sequence[tuple[int, int]]) -> Claim | None:
+    def claim(self, studies: Sequence[tuple[int, int]], *, lag: int = 0) -> Claim | None:
         """Claim the next trial of some studies, or return None if there is none just now.
 
         First puts back the trials whose lease has run out. Then takes the lowest trial number
@@ -116,6 +116,7 @@ class TrialQueue:
 
         Args:
             studies: pairs of (Optuna study id, budget in trials).
+            lag: trials by which each study is to stay behind the one listed before it.
 
         Raises:
             StorageError: a study was deleted.
@@ -123,20 +124,20 @@ class TrialQueue:
         if not studies:
             return None
         token = secrets.token_hex(16)
-        claim = with_retries(lambda: self._claim(studies, token))
+        claim = with_retries(lambda: self._claim(studies, token, lag))
         if claim is None:
             return None
         with self._lock:
             self._held[claim.trial_id] = claim
         return claim
 
-    def _claim(self, studies: Sequence[tuple[int, int]], token: str) -> Claim | None:
+    def _claim(self, studies: Sequence[tuple[int, int]], token: str, lag: int) -> Claim | None:
         for trial in self._requeue_run_out([study_id for study_id, _ in studies]):
             lease = parse_lease(trial.lease_text)
             if lease.get("token") == token:
                 # An earlier try had gone through, and only its answer was lost.
                 return self._made(trial.study_id, trial.trial_id, trial.number, lease)
-        while candidates := self._table.candidates(studies):
+        while candidates := self._table.candidates(studies, lag):
             for candidate in candidates:
                 claim = self._take(candidate, token)
                 if claim is not None:
@@ -205,6 +206,34 @@ class TrialQueue:
         ]
         if not with_retries(lambda: self._table.set_params(claim.trial_id, claim.token, rows)):
             raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+
+    def fix_params(self, claim: Claim, params: Mapping[str, Any], *, mark: tuple[str, str]) -> bool:
+        """Give a trial that has no parameters yet those of an enqueued one, and mark it.
+
+        The mark says what they come from. However many workers would give one study's trials
+        the same parameters at once, one does.
+
+        Args:
+            claim: the trial.
+            params: values by name.
+            mark: a user attribute, key and text, that no other trial of the study may have.
+
+        Returns:
+            False, with nothing written, if another trial has the mark, or these parameters as
+            those that were fixed for it.
+
+        Raises:
+            LeaseLostError: the trial is not this worker's any more.
+        """
+        key, text = mark
+        made = with_retries(
+            lambda: self._table.fix_params(
+                claim.study_id, claim.trial_id, claim.token, params, key, text
+            )
+        )
+        if made is None:
+            raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+        return made
 
     def forget_steps(self, claim: Claim, *, after: int) -> None:
         """Remove the values that were reported for steps beyond ``after``.
@@ -418,7 +447,7 @@ def enqueue(
 
     template = create_trial(
         state=TrialState.WAITING,
-        system_attrs={"fixed_params": dict(params)},
+        system_attrs={FIXED: dict(params)},
         user_attrs=dict(user_attrs or {}),
     )
     trial_id = storage.create_new_trial(study_id, template_trial=template)

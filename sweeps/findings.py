@@ -200,6 +200,8 @@ def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
             f"the best of {complete} complete trials" if complete > 1 else "the only complete trial"
         )
         sentence = f"{which} is #{best.number}" + (f" (“{best.label}”)" if best.label else "")
+        if best.carried_from:
+            sentence += f" (carried from {best.carried_from})"
         sentence += f" with accuracy {best.accuracy:.4f}{_uncertainty(study, best.accuracy)}"
         if searched:
             sentence += f", at {describe_params(best.params)}"

@@ -15,6 +15,7 @@ from typing import Any
 from storage.archive_rows import StudyRows, TrialRows, renumbered
 from storage.checkpoints import CheckpointStore
 from storage.leases import LEASE_ATTR
+from storage.trial_table import FIXED
 from sweeps.errors import plural
 from sweeps.limits import SESSION, STOPS, is_span
 from sweeps.spec import SweepSpec
@@ -27,8 +28,6 @@ MERGED_FROM = "sweep:merged_from"
 _NOTE = "dashboard:note"
 _PLOTS = "dashboard:plot_data:"
 _NOTE_OF_TRIAL = "dashboard:{trial}:note"
-FIXED = "fixed_params"
-"""Optuna's trial system attribute of the settings that a queued trial is to have."""
 
 
 @dataclass

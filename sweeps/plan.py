@@ -527,6 +527,13 @@ def _assumed_share(spec: SweepSpec) -> Share:
             f"assumed: a trial that {kind} judges runs {left:.0%} of its epochs past step {warmup}",
             free=int(spec.pruner.get("n_startup_trials", 5)),
         )
+    if kind == "WarmupHalvingPruner":
+        first = float(spec.pruner.get("first_rung", 0.3)) * length / spec.budget.seeds
+        factor = int(spec.pruner.get("reduction_factor", 2))
+        return Share(
+            _halved(length, max(1, round(first)), factor),
+            f"assumed: {kind} promotes one trial in {factor} at each rung",
+        )
     if kind in ("SuccessiveHalvingPruner", "HyperbandPruner"):
         factor = int(spec.pruner.get("reduction_factor", 4 if kind.startswith("S") else 3))
         least = spec.pruner.get("min_resource", 1)

@@ -182,6 +182,8 @@ def describe(trial: TrialStatus) -> str:
         parts.append(f"{trial.accuracy:.4f}")
     if trial.label:
         parts.append(f"“{trial.label}”")
+    if trial.carried_from:
+        parts.append(f"carried from {trial.carried_from}")
     parts.append(describe_params(trial.params))
     if trial.reason:
         parts.append(f"({trial.reason})")

@@ -43,7 +43,8 @@ are for.
 
 ## `[sampler]` and `[pruner]`
 
-`type` names a class of Optuna's, the other keys are its arguments.
+`type` names a class of Optuna's, the other keys are its arguments. `WarmupHalvingPruner` is Sweep's
+own ([own-sweep.md](own-sweep.md)); it takes `reduction_factor`, `first_rung` and `tolerance`.
 
 | table | default | accepted |
 |---|---|---|

@@ -35,6 +35,7 @@ PRUNERS = (
     "PatientPruner",
     "ThresholdPruner",
     "NopPruner",
+    "WarmupHalvingPruner",
 )
 
 
@@ -163,8 +164,16 @@ def build_pruner(spec: SweepSpec, cell: Mapping[str, Value]) -> BasePruner:
     """
     import optuna
 
+    from sweeps import pruning
+
     arguments = {k: v for k, v in spec.pruner.items() if k != "type"}
     kind = spec.pruner["type"]
+    if kind == "WarmupHalvingPruner":
+        for name in ("config", "seeds"):
+            if name in arguments:
+                raise SpecError(f"[pruner] {name} cannot be given in a file; leave it out")
+        arguments["config"] = spec.config(cell, spec.lowest_params())
+        arguments["seeds"] = spec.budget.seeds
     if kind in ("SuccessiveHalvingPruner", "HyperbandPruner"):
         # Their "auto" is worked out by each process for itself and differs between workers.
         arguments.setdefault("min_resource", 1)
@@ -175,7 +184,8 @@ def build_pruner(spec: SweepSpec, cell: Mapping[str, Value]) -> BasePruner:
         if "wrapped_pruner" in arguments:
             raise SpecError("[pruner] wrapped_pruner cannot be given in a file; leave it out")
         arguments.setdefault("wrapped_pruner", None)
-    built: BasePruner = _build(optuna.pruners, "pruner", kind, PRUNERS, arguments)
+    module = pruning if kind == "WarmupHalvingPruner" else optuna.pruners
+    built: BasePruner = _build(module, "pruner", kind, PRUNERS, arguments)
     return built
 
 

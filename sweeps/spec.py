@@ -143,6 +143,8 @@ class Budget:
         epochs_total: epochs of all trials of all studies together; None sets no limit.
         keep_checkpoints: whose last checkpoint stays when a trial is finished: that of the
             "best" complete trial of each study, of "all" complete trials, or of "none".
+        carry: so many trials of each study, the first after its known settings, try the best
+            settings of the studies before it.
     """
 
     trials: int = 20
@@ -150,6 +152,7 @@ class Budget:
     hours: float | None = None
     epochs_total: int | None = None
     keep_checkpoints: str = "best"
+    carry: int = 0
 
 
 @dataclass(frozen=True)
@@ -669,6 +672,9 @@ def _parse_limit(where: str, key: str, value: Any) -> Any:
         if value not in KEEP_CHECKPOINTS:
             accepted = " | ".join(map(repr, KEEP_CHECKPOINTS))
             raise SpecError(f"{where} = {value!r} is not accepted; accepted: {accepted}")
+    elif key == "carry":
+        if not number or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+            raise SpecError(f"{where} = {value!r} is not a whole number from 0")
     elif key == "hours":
         if not number or not 0 < value <= MAX_HOURS:
             raise SpecError(f"{where} = {value!r} is not a number above 0")

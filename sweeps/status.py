@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sweeps.attributes import CURVES as CURVES
+from sweeps.attributes import OUTCOME as OUTCOME
+from sweeps.carrying import CARRIED
 from sweeps.config import Value
 from sweeps.limits import spent, stops
 from sweeps.spec import SweepSpec
@@ -18,10 +21,8 @@ if TYPE_CHECKING:
     from storage.overview import OverviewReader, TrialOverview
     from sweeps.confirmation import Confirmation
 
-OUTCOME = "outcome"
 REASON = "reason"
 SECONDS = "seconds"
-CURVES = "sweep:curves"
 PROVENANCE = "sweep:provenance"
 FAILURES = "sweep:failures"
 PROGRESS = "sweep:progress"
@@ -51,6 +52,7 @@ class TrialStatus:
         seconds: time that its finished attempt took, or None.
         images_per_second: of the latest epoch of a running trial, or None.
         worker: who runs it, or "".
+        carried_from: which trial of another study had its settings first, or "".
     """
 
     number: int
@@ -63,6 +65,7 @@ class TrialStatus:
     seconds: float | None
     images_per_second: float | None
     worker: str
+    carried_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,9 @@ def trial_reader(store: BaseStorage) -> OverviewReader:
     from storage.overview import OverviewReader
 
     return OverviewReader(
-        store, user_attrs=(OUTCOME, LABEL, REASON, SECONDS), running_attrs=(LEASE_ATTR, CURVES)
+        store,
+        user_attrs=(OUTCOME, LABEL, REASON, SECONDS, CARRIED),
+        running_attrs=(LEASE_ATTR, CURVES),
     )
 
 
@@ -267,4 +272,5 @@ def _trial_status(trial: TrialOverview) -> TrialStatus:
         seconds=attrs.get(SECONDS),
         images_per_second=speeds[-1],
         worker=lease.get("worker", ""),
+        carried_from=attrs.get(CARRIED, ""),
     )

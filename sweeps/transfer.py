@@ -37,11 +37,12 @@ from storage.engine import (
 )
 from storage.leases import LEASE_ATTR, count, parse_lease, released
 from storage.retries import with_retries
+from storage.trial_table import FIXED
 from storage.trials import TrialQueue
+from sweeps.carrying import CARRIED
 from sweeps.edits import decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.merging import (
-    FIXED,
     MERGED_FROM,
     StudyMerge,
     attribute,
@@ -555,6 +556,7 @@ _USER_ATTRS: dict[str, Callable[[Any], bool]] = {
     OUTCOME: lambda value: value in OUTCOMES,
     REASON: lambda value: isinstance(value, str),
     LABEL: lambda value: isinstance(value, str),
+    CARRIED: lambda value: isinstance(value, str),
     SECONDS: _is_number,
 }
 

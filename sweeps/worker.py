@@ -32,7 +32,7 @@ from data.sources import DataError
 from storage.checkpoints import CheckpointError, CheckpointStore
 from storage.retries import StopRequestedError, is_transient, with_retries
 from storage.trials import Claim, LeaseLostError, TrialQueue
-from sweeps import search
+from sweeps import carrying, search
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
 from sweeps.launch import NO_ROOM
@@ -192,7 +192,8 @@ class Worker:
             if self._stop.is_set() or self._spent(sweep):
                 return
             studies = [(study.study_id, study.budget) for study in sweep.studies]
-            claim = self._queue.claim(studies)
+            lag = carrying.HEAD_START if sweep.spec.budget.carry else 0
+            claim = self._queue.claim(studies, lag=lag)
             if claim is None:
                 if self._queue.pending(studies) == 0:
                     return
@@ -413,10 +414,25 @@ class Worker:
     def _suggested(
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, dict[str, Value]]:
+        self._carry(sweep, study, claim)
         trial = self._trial(sweep, study, claim)
         params, new = search.draw(trial, sweep.spec.search)
         self._queue.set_params(claim, new)
         return trial, params
+
+    def _carry(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> None:
+        """Fix the trial's settings to those of another study, if it is due and there are any."""
+        here = sweep.studies.index(study)
+        if not carrying.is_due(sweep.spec, here, claim.number):
+            return
+        if not carrying.is_undecided(self._store.get_trial(claim.trial_id)):
+            return
+        upto = sweep.studies[: here + 1]
+        trials = [self._store.get_all_trials(s.study_id, deepcopy=False) for s in upto]
+        for found in carrying.candidates(sweep.spec, trials):
+            mark = (carrying.CARRIED, found.source)
+            if self._queue.fix_params(claim, found.params, mark=mark):
+                return
 
     def _trial(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> optuna.Trial:
         optuna_study = with_retries(

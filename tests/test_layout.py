@@ -25,7 +25,9 @@ ALLOWED = {
     "sweeps.errors": set(),
     "sweeps.config": {"sweeps.errors"},
     "sweeps.spec": {"sweeps.config", "sweeps.errors"},
-    "sweeps.search": {"sweeps.config", "sweeps.errors", "sweeps.spec"},
+    "sweeps.search": {"sweeps.config", "sweeps.errors", "sweeps.spec", "sweeps.pruning"},
+    "sweeps.pruning": {"sweeps.config", "sweeps.attributes"},
+    "sweeps.attributes": set(),
 }
 
 

@@ -196,6 +196,10 @@ def test_successive_halving_leaves_what_its_rungs_leave() -> None:
     share = epoch_share(make_spec(train={"epochs": 4}, pruner=pruner), None, None)
     # All run 1 epoch, a half a second one, a quarter the last two.
     assert share.value == pytest.approx((1 + 0.5 * 1 + 0.25 * 2) / 4)
+    ours = {"type": "WarmupHalvingPruner", "first_rung": 0.25}
+    same = epoch_share(make_spec(train={"epochs": 4}, pruner=ours), None, None)
+    assert same.value == share.value
+    assert "WarmupHalvingPruner promotes one trial in 2" in same.whence
 
 
 def test_searched_settings_that_change_the_speed_are_shapes_of_their_own() -> None:

@@ -362,6 +362,56 @@ def test_parameters_are_written_once_and_by_the_holder_alone(
         other.set_params(taken, {"z": (0.5, SPACE["x"])})
 
 
+def test_settings_are_fixed_for_one_trial_of_a_study(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, beside = new_study(url), new_study(url, "beside")
+    lost = lose_answers(monkeypatch, "fix_params")
+    queue = TrialQueue(study._storage, worker_id="w")
+    claims = [queue.claim([(study._study_id, 2)]) for _ in range(2)]
+    there = queue.claim([(beside._study_id, 1)])
+    assert claims[0] is not None
+    assert claims[1] is not None
+    assert there is not None
+    mark = ("carried_from", "other #3")
+    assert queue.fix_params(claims[0], {"x": 0.25}, mark=mark)
+    assert lost
+    assert not queue.fix_params(claims[1], {"x": 0.5}, mark=mark)
+    assert not queue.fix_params(claims[1], {"x": 0.25}, mark=("carried_from", "third #1"))
+    assert queue.fix_params(there, {"x": 0.25}, mark=mark)
+    first, second = trials(url)
+    assert first.system_attrs["fixed_params"] == {"x": 0.25}
+    assert first.user_attrs == {"carried_from": "other #3"}
+    assert "fixed_params" not in second.system_attrs
+    assert second.user_attrs == {}
+    assert queue.release(claims[1])
+    with pytest.raises(LeaseLostError):
+        queue.fix_params(claims[1], {"x": 0.5}, mark=("carried_from", "other #4"))
+    assert trials(url)[1].user_attrs == {}
+
+
+def fix(url: str, worker_id: str, study_id: int) -> list[str]:
+    """Claim a trial and try the same marks as the others do; return those that it got."""
+    queue = TrialQueue(open_storage(url), worker_id=worker_id)
+    got = []
+    for mark in range(3):
+        claim = queue.claim([(study_id, 12)])
+        assert claim is not None
+        if queue.fix_params(claim, {"x": mark / 10}, mark=("carried_from", str(mark))):
+            got.append(str(mark))
+        assert queue.finish(claim, TrialState.COMPLETE, 0.5)
+    return got
+
+
+def test_of_workers_that_want_one_mark_at_once_one_gets_it(url: str) -> None:
+    study_id = new_study(url)._study_id
+    got = together(fix, [(url, f"w{number}", study_id) for number in range(4)])
+    assert sorted(mark for each in got for mark in each) == ["0", "1", "2"]
+    marks = [trial.user_attrs.get("carried_from") for trial in trials(url)]
+    assert len(marks) == 12
+    assert sorted(filter(None, marks)) == ["0", "1", "2"]
+
+
 # --- answers that are lost ----------------------------------------------------------------------
 
 

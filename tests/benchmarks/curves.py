@@ -1,0 +1,227 @@
+"""A table of full learning curves, for `replays.py` to try search strategies on without training.
+
+    python tests/benchmarks/curves.py --records curves.jsonl [--processes 2] [--pack]
+
+The question of `fixup-largebatch` on noisy digits: Fixup on ten devices of two classes each, with
+every setting of a grid (peak learning rate x length of the warmup x gradient clipping) at batch 80,
+160 and 320, with three seeds, for 40 epochs under a cosine schedule. What is trained is the
+product's own `Objective`, which ends dead and exploded trainings as it does in a sweep.
+
+Each curve is appended to `--records` as it ends. A run that was stopped goes on where it was:
+the same command trains what is missing. When nothing is, or at once with `--pack`, the records
+become `curves.npz` beside this file:
+
+- `correct`: uint16 [batches, settings, seeds, epochs], validation images classified correctly
+  after each epoch; 65535 where there was none.
+- `end`: uint8 [batches, settings, seeds], an index into `ENDS`.
+- `cost`: float32 [batches, settings, seeds], epochs trained, the last one's share of updates
+  included where it broke off.
+- `seconds`: float32 [batches, settings, seeds], of one core.
+- `peak_lr`, `warmup_epochs`, `clip_grad_norm` (0 is "off"), `batches`: what the axes are;
+  settings are in the order of the product of the first three.
+- `about`: JSON: the command, date, versions, processor, size of the validation split, and the
+  settings that all share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).with_name("curves.npz")
+
+PEAK_LRS = tuple(round(0.02 * 50 ** (i / 9), 6) for i in range(10))  # 0.02 to 1, by equal factors
+WARMUPS = (0.0, 4.0, 8.0, 16.0)
+CLIPS: tuple[str | float, ...] = ("off", 0.5, 1.0)
+BATCHES = (80, 160, 320)
+SEEDS = (0, 1, 2)
+EPOCHS = 40
+NONE = 65535
+ENDS = ("missing", "complete", "dead", "exploded")
+
+TRAIN: dict[str, Any] = {
+    "dataset": "digits",
+    "noise_std": 1.0,
+    "validation_fraction": 0.2,
+    "augment": "none",
+    "model": "resnet18",
+    "width_factor": 0.125,
+    "norm": "fixup",
+    "num_devices": 10,
+    "split": "classes",
+    "classes_per_device": 2,
+    "assignment": "pairs",
+    "epochs": EPOCHS,
+    "scalar_lr_factor": 0.1,
+    "schedule": "cosine",
+    "warmup_start_factor": 0.1,
+}
+
+
+class Curve(NamedTuple):
+    """Which training of the table it is, as indices of its axes."""
+
+    seed: int
+    batch: int
+    setting: int
+
+
+def settings() -> list[tuple[float, float, str | float]]:
+    """Every setting of the grid: peak learning rate, warmup epochs, clipping."""
+    return list(itertools.product(PEAK_LRS, WARMUPS, CLIPS))
+
+
+def train(curve: Curve) -> dict[str, Any]:
+    """Train one curve to its end; return its record."""
+    import torch
+
+    from sweeps.config import TrialConfig
+    from sweeps.objective import Objective, open_dataset
+    from sweeps.training.loop import Diverged
+
+    torch.set_num_threads(1)
+    peak_lr, warmup_epochs, clip = settings()[curve.setting]
+    config = TrialConfig.build(
+        {
+            **TRAIN,
+            "global_batch_size": BATCHES[curve.batch],
+            "peak_lr": peak_lr,
+            "warmup_epochs": warmup_epochs,
+            "clip_grad_norm": clip,
+            "seed": SEEDS[curve.seed],
+        }
+    )
+    global _objective
+    if _objective is None:
+        _objective = Objective(open_dataset(config, None), torch.device("cpu"))
+    sizes = _objective.sizes(config)
+    scores: list[float] = []
+    started = time.process_time()
+    end, reason = "complete", ""
+    cost = float(EPOCHS)
+    try:
+        _objective.run(config, seeds=1, on_epoch=lambda progress: scores.append(progress.score))
+    except Diverged as diverged:
+        reason = str(diverged)
+        update = re.search(r"update (\d+)$", reason)
+        end = "exploded" if update else "dead"
+        cost = (int(update[1]) + 1) / sizes.updates_per_epoch if update else float(len(scores))
+    return {
+        "curve": list(curve),
+        "correct": [round(score * sizes.val_images) for score in scores],
+        "val_images": sizes.val_images,
+        "end": end,
+        "reason": reason,
+        "cost": round(cost, 3),
+        "seconds": round(time.process_time() - started, 2),
+    }
+
+
+_objective: Any = None
+
+
+def read(path: Path) -> dict[Curve, dict[str, Any]]:
+    """The records of a file; a line that was cut off by a kill is left out."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[Curve(*record["curve"])] = record
+    return found
+
+
+def pack(records: dict[Curve, dict[str, Any]]) -> None:
+    """Write the table."""
+    import numpy as np
+
+    shape = (len(BATCHES), len(settings()), len(SEEDS))
+    correct = np.full((*shape, EPOCHS), NONE, dtype=np.uint16)
+    end = np.zeros(shape, dtype=np.uint8)
+    cost, seconds = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+    for curve, record in records.items():
+        at = (curve.batch, curve.setting, curve.seed)
+        correct[(*at, slice(len(record["correct"])))] = record["correct"]
+        end[at] = ENDS.index(record["end"])
+        cost[at], seconds[at] = record["cost"], record["seconds"]
+    about = {
+        "command": "python tests/benchmarks/curves.py --records curves.jsonl",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {n: metadata.version(n) for n in ("torch", "numpy", "scikit-learn")},
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "val_images": next(iter(records.values()))["val_images"],
+        "epochs": EPOCHS,
+        "ends": ENDS,
+        "train": TRAIN,
+    }
+    np.savez_compressed(
+        TABLE,
+        correct=correct,
+        end=end,
+        cost=cost,
+        seconds=seconds,
+        peak_lr=np.array(PEAK_LRS),
+        warmup_epochs=np.array(WARMUPS),
+        clip_grad_norm=np.array([0.0 if clip == "off" else float(clip) for clip in CLIPS]),
+        batches=np.array(BATCHES),
+        about=np.array(json.dumps(about)),
+    )
+    print(f"{TABLE.name}: {len(records)} curves, {TABLE.stat().st_size / 1024:.0f} KiB")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, one core a training"
+
+
+def main() -> None:
+    """Parse, train what is missing, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--pack", action="store_true", help="Train nothing; write what there is.")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    records = read(args.records)
+    # Seed after seed, so that a part of the table is a whole one with fewer seeds.
+    every = [
+        Curve(seed, batch, setting)
+        for seed in range(len(SEEDS))
+        for batch in (2, 0, 1)
+        for setting in range(len(settings()))
+    ]
+    missing = [] if args.pack else [curve for curve in every if curve not in records]
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with args.records.open("a") as file, context.Pool(args.processes) as pool:
+        if file.tell():
+            file.write("\n")  # the last line may have been cut off
+        for done, record in enumerate(pool.imap_unordered(train, missing), start=1):
+            records[Curve(*record["curve"])] = record
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            if done % 50 == 0:
+                left = (time.monotonic() - started) / done * (len(missing) - done)
+                print(
+                    f"{len(records)} of {len(every)} curves, {left / 60:.0f} min left", flush=True
+                )
+    pack(records)
+
+
+if __name__ == "__main__":
+    main()
