@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from storage.remote import RemoteTrialTable
 
+
 @dataclass(frozen=True)
 class TrialOverview:
     """One trial, as plain values that are JSON.
