@@ -6,6 +6,8 @@ that hears of every epoch, and may end the trial by raising from it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import math
@@ -508,6 +510,7 @@ def prepare_process(device: torch.device, threads: int, gpu_memory: int | None =
             sets no limit.
     """
     torch.set_num_threads(threads)
+    _keep_freed_memory()
     if device.type == "cuda":
         # cuBLAS gives equal sums every time only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -536,6 +539,19 @@ def _histories_from_text(state: dict[str, Any]) -> dict[str, Any]:
     if training is not None and isinstance(training["history"], str):
         state["training"] = {**training, "history": json.loads(training["history"])}
     return state
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one.
+
+    By default it hands batches and maps back to the system, which clears them page by page when
+    they are asked for again: batches of images came at 122k instead of 324k images/s.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_trim_threshold, 2**30)
+        mallopt(m_mmap_threshold, 2**25)  # the largest that it takes
 
 
 def _class_counts(prepared: _Prepared, num_classes: int) -> list[list[int]]:

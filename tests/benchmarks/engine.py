@@ -528,7 +528,7 @@ def main() -> None:
     args = parser.parse_args()
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
-    torch.set_num_threads(1)
+    prepare_process(CPU, 1)
     rows = [made for name in args.rows for made in ROWS[name](args)]
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2))
