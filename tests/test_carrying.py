@@ -115,7 +115,7 @@ def run(folder: Path, **changes: Any) -> list[list[FrozenTrial]]:
     spec = sweep(**changes)
     begin(folder, spec)
     make_worker(folder).run()
-    return [trials(folder, name) for name in spec.study_names()]
+    return [trials(folder, name) for name in map(spec.study_name, spec.cells)]
 
 
 def test_the_first_trials_of_a_study_try_what_did_best_before_within_the_budget(
@@ -152,7 +152,7 @@ def test_known_settings_come_first(tmp_path: Path) -> None:
 def test_a_trial_whose_worker_went_before_it_began_keeps_what_it_was_given(tmp_path: Path) -> None:
     store = begin(tmp_path, sweep(budget={"trials": 1, "carry": 1}))
     queue = TrialQueue(store, worker_id="gone")
-    name = sweep().study_names()[1]
+    name = sweep().study_name(sweep().cells[1])
     claim = queue.claim([(store.get_study_id_from_name(name), 1)])
     assert claim is not None
     assert queue.fix_params(claim, {"peak_lr": 0.123}, mark=(carrying.CARRIED, "x #0"))
@@ -166,7 +166,7 @@ def test_a_trial_whose_worker_went_before_it_began_keeps_what_it_was_given(tmp_p
 def test_workers_side_by_side_carry_nothing_twice(tmp_path: Path) -> None:
     begin(tmp_path, sweep(budget={"trials": 6, "carry": 4}))
     together(work, [(tmp_path, f"w{number}") for number in range(2)])
-    for name in sweep().study_names():
+    for name in map(sweep().study_name, sweep().cells):
         found = trials(tmp_path, name)
         assert [trial.state for trial in found] == [TrialState.COMPLETE] * 6
         assert len({trial.params["peak_lr"] for trial in found}) == 6
