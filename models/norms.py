@@ -79,14 +79,14 @@ class DeviceBatchNorm2d(nn.Module):
 
     def aggregated_statistics(self) -> tuple[Tensor, Tensor]:
         """Return the mean and variance used for evaluation, both ``[C]``."""
-        means, variances = self.running_mean, self.running_var
         # The first batch of a device moves its variances away from exactly one.
-        trained = (variances != 1).any(dim=1)
-        if trained.any():
-            means, variances = means[trained], variances[trained]
-        mean, var = means.mean(dim=0), variances.mean(dim=0)
+        trained = (self.running_var != 1).any(dim=1)
+        counted = (trained | ~trained.any()).to(self.running_var.dtype)
+        number = counted.sum()
+        mean = counted @ self.running_mean / number
+        var = counted @ self.running_var / number
         if self.batch_statistics == "total":
-            var = var + means.var(dim=0, correction=0)
+            var = var + counted @ (self.running_mean - mean).square() / number
         return mean, var
 
     def forward(self, x: Tensor, blocks: DeviceBlocks | None = None) -> Tensor:

@@ -39,7 +39,7 @@ EVALUATION_BATCH = 1000
 """Images scored at once: large enough to fill a GPU, small enough for a CPU's cache."""
 
 CUDA_PROCESS_BYTES = 2 * 10**9
-"""The same of a process that uses a GPU; assumed."""
+"""Memory of the machine that a process takes which uses a GPU, its data aside; assumed."""
 
 COPIES_OF_WEIGHTS = 5
 """Weights, gradients and momentum, and a checkpoint on its way to the disk."""
@@ -220,8 +220,9 @@ class Objective:
         state = checkpoints.load(key) if checkpoints is not None else None
         if state is None:
             return fresh
-        of = (state.get("config"), state.get("data_fingerprint"))
-        if of != (config.as_dict(), self._dataset.fingerprint):
+        # An earlier version did not know all settings; it trained as their defaults do.
+        of = {**TrialConfig.build({}).as_dict(), **state.get("config", {})}
+        if (of, state.get("data_fingerprint")) != (config.as_dict(), self._dataset.fingerprint):
             logger.warning("the checkpoint of %s is of other settings; starting anew", key)
             return fresh
         return _histories_from_text(state)
@@ -256,8 +257,8 @@ class Objective:
 
         The process, the data set with what trials make of it, and, on a CPU, the weights with
         their gradients, momentum and checkpoint, and what the layers keep of a batch for the
-        backward pass. The last is counted in a forward pass of a few images and is in proportion
-        to the batch. 0 where the network cannot be asked.
+        backward pass. The last is counted in forward passes of a few images, and grows evenly
+        with the batch. 0 where the network cannot be asked.
 
         Args:
             config: with the largest batch.
@@ -276,12 +277,15 @@ class Objective:
         try:
             model = self._model(config, config.seed)
             kept = saved_bytes(model.eval(), few)
+            # What does not grow with the batch, as the product of a weight and Fixup's scale.
+            of_batch = saved_bytes(model, torch.cat([few, few])) - kept
         except Exception:  # what is wrong with it, its first trial says
             return 0
         weights = sum(p.nbytes for p in model.parameters())
         copies = 1 if config.algorithm == "sync-sgd" else 1 + config.devices_per_round
         trained = COPIES_OF_WEIGHTS * copies * weights
-        return PROCESS_BYTES + resident + trained + kept * config.global_batch_size // len(few)
+        activations = kept + of_batch * (config.global_batch_size - len(few)) // len(few)
+        return PROCESS_BYTES + resident + trained + activations
 
     def _model(self, config: TrialConfig, seed: int) -> nn.Module:
         prepared = self._prepare(config)

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from data.sources import load_dataset
 from storage.leases import LEASE_ATTR
+from sweeps.config import TrialConfig
 from sweeps.launch import (
     HEALTHY_SECONDS,
     MAX_RESTARTS,
@@ -221,21 +222,23 @@ def test_memory_is_what_is_free_within_the_narrowest_limit(tmp_path: Path) -> No
     assert free_memory(tmp_path / "nowhere", tmp_path / "nothing", tmp_path / "no") is None
 
 
-def test_a_workers_memory_grows_with_its_batch_and_its_data() -> None:
+@pytest.mark.parametrize("norm", ["group", "fixup"])
+def test_a_workers_memory_grows_with_its_batch_and_its_data(norm: str) -> None:
     objective = Objective(load_dataset("digits"), torch.device("cpu"))
-    small, large = (
-        objective.worker_bytes(
-            make_spec(train={"global_batch_size": batch}).config({}, {"peak_lr": 0.1}), cuda=False
-        )
-        for batch in (128, 1024)
-    )
+
+    def config_of(batch: int) -> TrialConfig:
+        train = {"global_batch_size": batch, "norm": norm}
+        return make_spec(train=train).config({}, {"peak_lr": 0.1})
+
+    small, large = (objective.worker_bytes(config_of(batch), cuda=False) for batch in (128, 1024))
     assert PROCESS_BYTES < small < large < 2 * PROCESS_BYTES
-    # Eight times the batch keeps eight times the activations.
-    config = make_spec().config({}, {"peak_lr": 0.1})
+    config = config_of(128)
     kept = (large - small) / (1024 - 128)
     model = objective._model(config, 0)
-    images = objective._prepare(config).val_images[0][:32].clone()
-    assert saved_bytes(model, images) / 32 == pytest.approx(kept, rel=0.05)
+    images = objective._prepare(config).val_images[0][:64].clone()
+    # Fixup keeps products of weights and scales too, as many whatever the batch.
+    more = saved_bytes(model, images) - saved_bytes(model, images[:32].clone())
+    assert more / 32 == pytest.approx(kept, rel=0.05)
 
 
 # A trial that does not fit

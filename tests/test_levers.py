@@ -425,6 +425,25 @@ def test_a_trial_with_every_lever_goes_on_bit_for_bit(name: str, tmp_path: Path)
     assert curve(resumed) == curve(whole)
 
 
+def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_with(tmp_path: Path) -> None:
+    run, made = make_objective({})
+    checkpoints = CheckpointStore(tmp_path)
+    with pytest.raises(Stop):
+        run.run(made, seeds=1, on_epoch=stop_after(2), checkpoints=checkpoints, key="trial")
+    state = checkpoints.load("trial")
+    assert state is not None
+    del state["config"]["compile"]
+    # As they once were kept.
+    state["finished"] = json.loads(state["finished"])
+    state["training"]["history"] = json.loads(state["training"]["history"])
+    checkpoints.save("trial", state)
+    assert run.completed_steps(made, checkpoints, "trial") == 2
+    del state["config"]["momentum"]
+    state["config"]["weight_decay"] = 0.25
+    checkpoints.save("trial", state)
+    assert run.completed_steps(made, checkpoints, "trial") == 0
+
+
 @pytest.mark.parametrize("settings", [{}, {"lars_trust_coefficient": 0.02}], ids=str)
 def test_a_step_goes_on_from_a_state_in_the_middle(settings: dict[str, Any]) -> None:
     made = SGDSettings(nesterov=True, agc_clip_factor=0.1, label_smoothing=0.1, **settings)

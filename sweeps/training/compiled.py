@@ -8,6 +8,7 @@ settings change, as the loss with its smoothing, clipping and the optimizer, sta
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 SHAPES = 64
 """Compiled passes that a process keeps for one network's code; PyTorch's own limit of 8 would
 leave the ninth shape of a search uncompiled."""
+
+
+_refused: set[tuple[type[nn.Module], str]] = set()
+"""Networks that a backend could not compile, in this process."""
 
 
 class CompiledNetwork:
@@ -47,15 +52,22 @@ class CompiledNetwork:
 
     def _tried(self, images: Tensor, blocks: Any) -> Callable[..., Tensor]:
         network = self._network
+        what = (type(network), self._backend)
+        if what in _refused:
+            return network
         statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
         try:
-            torch._dynamo.config.recompile_limit = SHAPES
+            _prepare_compiler()
             compiled = torch.compile(network, dynamic=False, backend=self._backend)
             # The gradient is compiled when it is first asked for.
             compiled(images, blocks).sum().backward()
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            cause = error.__cause__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None  # The caller's matter; it says nothing of the network.
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
             logger.warning("the network is not compiled (%s); it trains uncompiled", lines[0])
+            _refused.add(what)
             return network
         finally:
             for parameter in network.parameters():
@@ -63,4 +75,16 @@ class CompiledNetwork:
             with torch.no_grad():
                 for name, buffer in network.named_buffers():
                     buffer.copy_(statistics[name])
+            gc.collect()  # what was compiled first holds its network in a cycle
         return compiled
+
+
+def _prepare_compiler() -> None:
+    """Have the same network compiled to the same kernels each time, by as many threads as asked."""
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    torch._dynamo.config.recompile_limit = SHAPES
+    inductor.compile_threads = torch.get_num_threads()  # each worker has a share of the cores
+    if hasattr(inductor, "deterministic"):  # else the fastest kernel of a race is taken
+        inductor.deterministic = True

@@ -139,10 +139,11 @@ class FederatedAveraging:
     """D devices train their own copies of the weights, all at once, and average them.
 
     The copies are stacked: for each parameter of the model a tensor `[m, ...]`, with m = D where
-    all devices take part in every round. One forward pass mapped over m, and one backward pass,
-    give every device the gradient of its own loss; since SGD works element by element, one
-    optimizer on the stacked tensors is m separate ones. What the D devices remember from one
-    turn to the next, control variates and running statistics, is `[D, ...]`.
+    all devices take part in every round. One forward pass of all m, side by side or, where each is
+    large, one after the other, and one backward pass give every device the gradient of its own
+    loss; since SGD works element by element, one optimizer on the stacked tensors is m separate
+    ones. What the D devices remember from one turn to the next, control variates and running
+    statistics, is `[D, ...]`.
 
     `round` is one local step of the participants; every H-th ends with an average. The model
     given lends its structure and keeps the buffers; its parameters are only those that
