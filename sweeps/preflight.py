@@ -204,15 +204,23 @@ def estimate(
     workers: int | None,
     checked: Checked,
     add_trials: int,
+    machine: Machine,
     err: Console,
 ) -> plan.Plan | None:
     """What the run will take, by what is known of this machine's speed, or by a glance at it.
 
     A GPU is looked at only where somebody may be asked, or the number of workers is to be found:
     that takes processes of its own, since its memory would stay with this one.
+
+    Args:
+        spec, storage_url, data_dir, workers, add_trials, err: as of `run_sweep`.
+        checked: from `load_data`.
+        machine: as it was before processes were held ready there, whose memory is the workers'.
+
+    Returns:
+        None where the speed is not known.
     """
     began = time.perf_counter()
-    machine = this_machine()
     need = Need(memory=checked.worker_bytes)
     asked = err.is_terminal and sys.stdin.isatty()
     try:

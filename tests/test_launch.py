@@ -299,6 +299,17 @@ def test_expected_workers_are_the_ones_that_run_and_no_other_is_left(tmp_path: P
     assert all(f"-{second.pid}-" in worker for worker in ran)
 
 
+def test_memory_that_is_taken_after_the_beginning_leaves_the_number_of_workers_alone() -> None:
+    with ThisMachine() as place:
+        before = place.machine()
+        # As processes do that are held ready.
+        held = b"x" * (GB // 4)
+        assert place.machine() == before
+        need = Need(memory=GB // 4)
+        assert place.plan(None, 1, 100, need) == divide(before, None, 1, 100, need)
+        del held
+
+
 def test_expected_workers_that_are_not_launched_end(tmp_path: Path) -> None:
     begin(tmp_path, make_spec(train={"epochs": 1}))
     with ThisMachine() as place:
