@@ -147,7 +147,8 @@ def plan_sweep(
     each = threads or spec.workers.threads
     machine = this_machine()
     if chosen is not None:
-        machine = dataclasses.replace(machine, gpus=machine.gpus[: chosen != "cpu"])
+        gpus = tuple(gpu for gpu in machine.gpus if f"cuda:{gpu.index}" == chosen)
+        machine = dataclasses.replace(machine, gpus=gpus)
 
     with err.status("looking at the data") as shown:
         data = plan.outlines(spec, data_dir)
