@@ -60,11 +60,16 @@ class Checked:
     worker_bytes: int = 0
 
 
-def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset]) -> Checked:
-    """Open each cell's data set and try its splits and models."""
+def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset], *, cuda: bool) -> Checked:
+    """Open each cell's data set and try its splits and models.
+
+    Args:
+        spec: whose cells they are.
+        open_: gives a trial's data set.
+        cuda: whether workers would train on GPUs; they take another share of the machine's memory.
+    """
     objectives: dict[tuple[Value, ...], Objective] = {}
     checked = Checked([], [], {})
-    cuda = torch.cuda.device_count() > 0
     found: list[int] = []
     for cell in spec.cells:
         config = spec.config(cell, spec.lowest_params())
@@ -96,7 +101,11 @@ def load_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> Checked:
         SpecError: its splits or models cannot be made.
     """
     say = partial(print_line, err)
-    return check_data(spec, lambda config: open_dataset(config, data_dir, say))
+    return check_data(
+        spec,
+        lambda config: open_dataset(config, data_dir, say),
+        cuda=torch.cuda.device_count() > 0,
+    )
 
 
 def _structures(spec: SweepSpec) -> Iterator[dict[str, Value]]:
@@ -152,7 +161,9 @@ def plan_sweep(
 
     with err.status("looking at the data") as shown:
         data = plan.outlines(spec, data_dir)
-        checked = check_data(spec, lambda config: sampling_dataset(config, data_dir))
+        checked = check_data(
+            spec, lambda config: sampling_dataset(config, data_dir), cuda=bool(machine.gpus)
+        )
         store = store_to_read(storage_url)
         try:
             if store is not None and spec.name in stored_names(store):
