@@ -336,7 +336,8 @@ class Worker:
                 # As a worker frozen past its lease sees it, whose trial has been finished.
                 logger.warning("%s #%d went to another worker", study.name, claim.number)
                 return
-            if _out_of_memory(error) and self._options.gpu_memory is not None:
+            full = _out_of_memory(error) or _gpu_is_full(error)
+            if full and self._options.gpu_memory is not None:
                 # Told only where the GPU is the trial's alone; the launcher makes room.
                 logger.warning("%s #%d: %s", study.name, claim.number, _first_line(error))
                 self._queue.release(claim)
@@ -639,6 +640,16 @@ def _breaks_device(error: Exception) -> bool:
     """Whether the process can use its GPU no more, as after an illegal access."""
     text = str(error)
     return "CUDA error" in text and not isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _gpu_is_full(error: Exception) -> bool:
+    """Whether CUDA or one of its libraries found no memory beside what PyTorch holds for tensors.
+
+    Its own errors carry that in their text alone. On a GPU that others share, fewer workers help;
+    elsewhere the device counts as broken, as nobody knows who holds the rest.
+    """
+    text = str(error)
+    return "CUBLAS_STATUS_ALLOC_FAILED" in text or "CUDA error: out of memory" in text
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -271,7 +271,7 @@ class Large(nn.Module):
         self.fc = nn.Linear(size, classes)
     def forward(self, x):
         if "--gpu-memory" in sys.argv and len(x) > 32:  # not when it is tried at its making
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            raise ERROR
         return self.fc(x.flatten(1))
 
 def large(*, norm_layer, num_classes, in_channels, image_size):
@@ -280,10 +280,18 @@ def large(*, norm_layer, num_classes, in_channels, image_size):
 """A network that is out of memory wherever its worker has a part of the GPU only."""
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")',
+        'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")',
+    ],
+    ids=["PyTorch", "cuBLAS"],
+)
 def test_a_trial_that_does_not_fit_its_part_is_run_by_fewer_workers_not_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
-    (tmp_path / "fits.py").write_text(FITS_ALONE, encoding="utf-8")
+    (tmp_path / "fits.py").write_text(FITS_ALONE.replace("ERROR", error), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     begin(tmp_path, make_spec(train={"model": "fits:large", "width_factor": None, "epochs": 1}))
