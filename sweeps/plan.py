@@ -24,6 +24,7 @@ from rich.table import Table
 from data.sources import Outline, outline
 from storage.leases import LEASE_ATTR
 from storage.leases import count as count_of
+from sweeps.carrying import HEAD_START
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.limits import epochs_spent, seconds_spent
@@ -184,11 +185,13 @@ class Plan:
         """
         queue, epochs = [], 0.0
         workers = max(1, len(self.slots))
+        lag = HEAD_START if self.spec.budget.carry else 0
         for place, study in enumerate(self.studies):
             if not study.trials_left:
                 continue
             begin = self.trial_seconds(study, 0)
-            for number, count, left in self._left(study, pruning):
+            for first, count, left in self._left(study, pruning):
+                number = first + lag * place
                 epochs += count * left
                 seconds = begin + left * self.epoch_seconds(study)
                 if count <= MAX_DEALT:
@@ -196,7 +199,8 @@ class Plan:
                 else:  # too many to tell one from another
                     share = count * seconds / workers
                     queue += [(number, place, share) for _ in range(workers)]
-        # Workers pull the lowest number first, of equals that of the study listed first.
+        # As `storage.trials.TrialQueue.claim` has it: the lowest number first, where a study is
+        # ahead of the next as much lower, of equals that of the study listed first.
         ends = [0.0] * workers
         for _, _, seconds in sorted(queue):
             heapq.heapreplace(ends, ends[0] + seconds)

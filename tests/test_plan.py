@@ -118,6 +118,22 @@ def test_workers_share_the_trials_and_the_last_one_is_waited_for() -> None:
     assert (one, two, four) == (3 * 7 + 5, 2 * 7 + 5, 7 + 5)
 
 
+def test_studies_that_carry_are_dealt_one_after_another() -> None:
+    axis = {"each": {"norm": ["group", "fixup"]}, "train": {"norm": None}}
+    found = []
+    for carry in (0, 1):
+        plan = plan_of(make_spec(**axis, budget={"trials": 3, "carry": carry}), workers=2)
+        first = plan.studies[0]
+        # A trial takes 21 s in the first study, 7 s in the second.
+        samples = {
+            **plan.samples,
+            **{s.key: dataclasses.replace(SAMPLE, begin_seconds=15.0) for _, s in first.shapes},
+        }
+        found.append(dataclasses.replace(plan, samples=samples).seconds(pruning=True))
+    # In turns: 21 + 7 + 21 beside 7 + 21 + 7. One study first: 21 + 21 beside 21 + 7 + 7 + 7.
+    assert found == [49 + 5, 42 + 5]
+
+
 @pytest.mark.parametrize(
     ("train", "images"),
     [
