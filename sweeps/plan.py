@@ -92,9 +92,9 @@ class StudyPlan:
         cell: its enumerated settings.
         trials: its budget.
         finished: trials that have ended.
-        open: of each trial that stands in the store or is a known setting, and has not ended: its
-            number, the epochs that it has behind it, and whether it is a known setting, which no
-            pruner ends.
+        open: of each trial that stands in the store or is a known configuration, and has not ended:
+            its number, the epochs that it has behind it, and whether it is a known configuration,
+            which no pruner ends.
         fresh: the numbers of all others.
         epochs_per_trial: over all seeds.
         sizes: of an epoch.

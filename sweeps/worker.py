@@ -402,7 +402,7 @@ class Worker:
     def _begin(
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, TrialConfig]:
-        """Suggest the trial's settings."""
+        """Suggest the trial's parameters."""
         # A trial and its sampler anew for each try: the random state of a sampler that failed
         # half-way has moved on, and the store may have what it drew.
         trial, params = with_retries(lambda: self._suggested(sweep, study, claim))
@@ -422,7 +422,7 @@ class Worker:
         return trial, params
 
     def _carry(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> None:
-        """Fix the trial's settings to those of another study, if it is due and there are any."""
+        """Fix the trial's configuration to one of another study, if it is due and there is any."""
         here = sweep.studies.index(study)
         if not carrying.is_due(sweep.spec, here, claim.number):
             return
@@ -467,7 +467,7 @@ class Worker:
             if reported > covered:
                 self._queue.forget_steps(claim, after=covered)
                 trial = with_retries(lambda: optuna.Trial(trial.study, claim.trial_id))
-        # The known settings are what the others are compared with: they run to their end.
+        # The known configurations are what the others are compared with: they run to their end.
         return _Reporter(
             trial,
             write=lambda step, score, curves: self._queue.report(
