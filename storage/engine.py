@@ -588,12 +588,13 @@ def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageEr
 
 def _missing_driver(url: str) -> StorageError:
     scheme = url.split("://", 1)[0]
-    if scheme.startswith("postgres"):
+    database = scheme.partition("+")[0]
+    if database in ("postgres", "postgresql"):
         return StorageError(
             f"no driver for {scheme}; run pip install 'psycopg[binary]' "
             "and write the URL as postgresql+psycopg://…"
         )
-    if scheme.startswith(("mysql", "mariadb")):
+    if database in ("mysql", "mariadb"):
         return StorageError(
             f"no driver for {scheme}; run pip install pymysql and write mysql+pymysql://…"
         )

@@ -1,18 +1,18 @@
-"""Settings that did well in one study of a sweep are tried early in the next.
+"""Configurations that did well in one study of a sweep are tried early in the next.
 
 The studies of a sweep ask the same question under other conditions, and what is good at batch 128
 is often good at 1024. With `[budget] carry = n`, the first n trials of a study after its known
-settings are not the sampler's: they try the best settings of the studies before it. They count in
-the study's budget like any other, and the sampler learns from them. Where the studies differ in
-their batch size, the learning rate grows with it, as the linear scaling rule has it (Goyal et al.
-2017, arXiv 1706.02677, section 2.1), up to the end of its range.
+configurations are not the sampler's: they try the best of the studies before it. They count in the
+study's budget like any other, and the sampler learns from them. Where the studies differ in their
+batch size, the learning rate grows with it, as the linear scaling rule has it (Goyal et al. 2017,
+arXiv 1706.02677, section 2.1), up to the end of its range.
 
 So that there is something to carry, each study begins :data:`HEAD_START` trials after the one
 before it; then they advance side by side.
 
-Such a trial has the user attribute :data:`CARRIED`, which says where its setting was found first.
+Such a trial has the user attribute :data:`CARRIED`: where its configuration was found first.
 No two trials of a study have the same: workers that claim trials at the same time never carry
-one setting twice.
+one configuration twice.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ HEAD_START = 8
 
 @dataclass(frozen=True)
 class Carried:
-    """A setting of another study.
+    """A configuration of another study.
 
     Attributes:
         source: where it was found first, such as `global_batch_size=128 #12`.
-        params: the searched settings.
+        params: its parameters, by name.
     """
 
     source: str
@@ -51,7 +51,7 @@ class Carried:
 
 
 def is_due(spec: SweepSpec, here: int, number: int) -> bool:
-    """Whether the trial of that number in a study is to try a carried setting, if there is one.
+    """Whether the trial of that number in a study is to try something carried, if there is any.
 
     Args:
         spec: the sweep.
@@ -80,7 +80,7 @@ def candidates(spec: SweepSpec, trials: Sequence[Sequence[FrozenTrial]]) -> Iter
             something; of those before it, only trials that are complete count.
     """
     here = len(trials) - 1
-    tried = [_settings(trial) for trial in trials[here]]
+    tried = [_parameters(trial) for trial in trials[here]]
     marks = {trial.user_attrs.get(CARRIED) for trial in trials[here]}
     nearest = sorted(
         range(here), key=lambda i: (*_distance(spec.cells[here], spec.cells[i]), here - i)
@@ -102,7 +102,7 @@ def candidates(spec: SweepSpec, trials: Sequence[Sequence[FrozenTrial]]) -> Iter
 def _scaled(
     spec: SweepSpec, there: int, here: int, params: Mapping[str, Value]
 ) -> dict[str, Value]:
-    """The settings, the learning rate brought to this study's batch size."""
+    """The parameters, the learning rate brought to this study's batch size."""
     found = {name: params[name] for name in spec.search}
     rates, rate = spec.search.get("peak_lr"), params.get("peak_lr")
     batches = [spec.cells[i].get("global_batch_size") for i in (there, here)]
@@ -118,12 +118,12 @@ def _best_first(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return sorted(complete, key=lambda t: (-(t.value or 0.0), t.number))
 
 
-def _settings(trial: FrozenTrial) -> Mapping[str, Any]:
+def _parameters(trial: FrozenTrial) -> Mapping[str, Any]:
     return trial.params or trial.system_attrs.get(FIXED, {})
 
 
 def _fits(spec: SweepSpec, here: int, params: Mapping[str, Value]) -> bool:
-    """Whether the study could try a setting: the spaces of old trials may have been others."""
+    """Whether the study could try parameters: the spaces of old trials may have been others."""
     if not all(spec.search[name].contains(value) for name, value in params.items()):
         return False
     try:

@@ -116,6 +116,15 @@ Workers = Annotated[
         help="Worker processes; auto is as many as cores, GPUs, memory and trials have use for.",
     ),
 ]
+WorkersOfRuns = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        parser=_parse_workers,
+        metavar="N",
+        help="Worker processes; auto is one a GPU; without GPUs, as cores, memory and runs allow.",
+    ),
+]
 On = Annotated[
     str,
     typer.Option(
@@ -187,7 +196,7 @@ def confirm(
     seeds: Annotated[
         int, typer.Option(min=2, max=1000, metavar="S", help="Runs of each, a seed each.")
     ] = 5,
-    workers: Workers = AUTO,
+    workers: WorkersOfRuns = AUTO,
     on: On = "local",
     gpus_per_worker: GpusPerWorker = None,
     storage_url: Storage = DEFAULT_STORAGE,

@@ -2,7 +2,7 @@
 
 The trials that a study holds are compared with each other and learnt from, so what a trial *is*
 may not change: another data set, network or number of seeds needs another name. What is asked
-of the sweep may: its budget, its known settings, where it searches and how.
+of the sweep may: its budget, its known configurations, where it searches and how.
 """
 
 from __future__ import annotations

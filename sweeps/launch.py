@@ -5,6 +5,7 @@ Other places, such as a Ray cluster, offer the same: a :class:`Place`, which mak
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from sweeps.machine import (
     Slot,
     divide,
     fewer,
+    free_memory,
     gigabytes,
     this_machine,
     with_gpu_memory,
@@ -41,14 +43,12 @@ NO_ROOM = 75
 
 
 def plan_slots(
-    workers: int | None,
-    threads: int,
-    trials: int,
-    need: Need,
-    machine: Machine | None = None,
+    workers: int | None, threads: int, trials: int, need: Need, machine: Machine
 ) -> list[Slot]:
-    """Divide this machine, or another, among workers; as :func:`sweeps.machine.divide`."""
-    machine = this_machine() if machine is None else machine
+    """Divide a machine among workers, asking what is free on GPUs that they would share.
+
+    Arguments as of :func:`sweeps.machine.divide`.
+    """
     slots = divide(machine, workers, threads, trials, need)
     if len(slots) > len(machine.gpus) > 0:
         slots = divide(with_gpu_memory(machine), len(slots), threads, trials, need)
@@ -131,6 +131,8 @@ class ThisMachine:
     """Processes of this machine; use as a context."""
 
     def __init__(self) -> None:
+        # Read before there are processes that wait: what they hold is meant for workers.
+        self._memory = free_memory()
         self._waiting: dict[Slot, list[subprocess.Popen[str]]] = {}
         self._expected: tuple[list[str], dict[str, str]] = ([], {})
 
@@ -152,11 +154,15 @@ class ThisMachine:
     def prepare(self, storage_url: str, say: Callable[[str], None]) -> None:
         """Nothing to do: a store that this process can open, its children can."""
 
+    def machine(self) -> Machine:
+        """What it was before any process was started here."""
+        return dataclasses.replace(this_machine(), memory=self._memory)
+
     def plan(
         self, workers: int | None, threads: int, trials: int, need: Need = NOTHING_KNOWN
     ) -> list[Slot]:
         """As :func:`plan_slots`."""
-        return plan_slots(workers, threads, trials, need)
+        return plan_slots(workers, threads, trials, need, self.machine())
 
     def launch(
         self,

@@ -23,7 +23,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +56,11 @@ class Gpu:
     """One GPU.
 
     Attributes:
+        index: PyTorch's number of it.
         free: bytes that no process held; None where it was not asked.
     """
 
+    index: int
     free: int | None = None
 
 
@@ -69,7 +71,7 @@ class Machine:
     Attributes:
         cores: whole cores, at least 1.
         memory: bytes that are free, None where that is not known.
-        gpus: those that PyTorch sees.
+        gpus: those that PyTorch sees, or some of them.
     """
 
     cores: int
@@ -150,8 +152,8 @@ def divide(
     for index in range(count):
         place = index % len(machine.gpus)
         together = len(range(place, count, len(machine.gpus)))
-        limit = gpu_part(machine.gpus[place].free, together)
-        slots.append(Slot(f"cuda:{place}", share, limit))
+        gpu = machine.gpus[place]
+        slots.append(Slot(f"cuda:{gpu.index}", share, gpu_part(gpu.free, together)))
     return slots
 
 
@@ -214,7 +216,8 @@ def this_machine() -> Machine:
     """What this process may use; GPUs are counted, not opened."""
     import torch
 
-    return Machine(cores(), free_memory(), (Gpu(),) * torch.cuda.device_count())
+    gpus = tuple(Gpu(index) for index in range(torch.cuda.device_count()))
+    return Machine(cores(), free_memory(), gpus)
 
 
 def expected_slots(workers: int | None, threads: int, trials: int) -> list[Slot]:
@@ -230,25 +233,42 @@ def expected_slots(workers: int | None, threads: int, trials: int) -> list[Slot]
 
 
 def with_gpu_memory(machine: Machine) -> Machine:
-    """The same with what is free on each GPU, asked by a process that ends at once.
+    """The same with what is free on each of its GPUs, asked by a process that ends at once.
 
     To ask opens a GPU, which then holds hundreds of megabytes for as long as the process lives.
     """
+    indices = [str(gpu.index) for gpu in machine.gpus]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", _ASK_GPUS], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", _ASK_GPUS, *indices],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:  # whoever uses the GPU next says what is wrong with it
         return machine
-    found = json.loads(done.stdout)
+    return filled_in(machine, json.loads(done.stdout))
+
+
+def filled_in(machine: Machine, free: Sequence[int]) -> Machine:
+    """The same with what is free on each of its GPUs.
+
+    Args:
+        machine: whose GPUs were asked.
+        free: bytes of each, in their order, beside the context of the process that asked.
+    """
     return dataclasses.replace(
-        machine, gpus=tuple(Gpu(free=free + GPU_CONTEXT_BYTES) for free in found)
+        machine,
+        gpus=tuple(
+            Gpu(gpu.index, found + GPU_CONTEXT_BYTES)
+            for gpu, found in zip(machine.gpus, free, strict=True)
+        ),
     )
 
 
 _ASK_GPUS = """\
-import json, torch
+import json, sys, torch
 found = []
-for index in range(torch.cuda.device_count()):
+for index in map(int, sys.argv[1:]):
     torch.empty(1, device=f"cuda:{index}")
     found.append(torch.cuda.mem_get_info(index)[0])
 print(json.dumps(found))
@@ -327,7 +347,7 @@ def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
 
 def _read(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="ascii").strip()
+        return os.fsdecode(file.read_bytes()).strip()  # a group may have any name
     except OSError:
         return None
 

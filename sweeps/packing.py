@@ -84,6 +84,8 @@ def packed(
     most = min(room, max(1, machine.cores // gpus), -(-trials // gpus))
     memory = bounds(machine, threads, trials, plan.need).get("memory", most * gpus)
     most = min(most, max(1, memory // gpus))
+    # One of them, with its share of the cores, stands for all.
+    one = dataclasses.replace(machine, gpus=machine.gpus[:1], cores=max(1, machine.cores // gpus))
     shape = max(
         ((study.epochs_left * share * plan.samples[s.key].epoch_seconds, n, s)
          for n, study in enumerate(left) for share, s in study.shapes),
@@ -95,8 +97,7 @@ def packed(
         running: Samplers | None = None
         try:
             for count in counts(most):
-                slots = divide(machine, count, threads, count, plan.need)
-                slots = [dataclasses.replace(slot, device=plan.slots[0].device) for slot in slots]
+                slots = divide(one, count, threads, count, plan.need)
                 found = kept_sample(shape.config, slots)
                 if found is None:
                     say(f"measuring {count} workers on one GPU: {shape}")
@@ -116,9 +117,6 @@ def packed(
     best = fewest_near_best(gain)
     need = Need(memory=plan.need.memory, workers_per_gpu=best)
     slots = divide(machine, None, threads, trials, need)
-    names = {slot.device for slot in plan.slots}
-    if len(names) == 1:  # `sweep plan --device`
-        slots = [dataclasses.replace(slot, device=plan.slots[0].device) for slot in slots]
     return dataclasses.replace(
         plan,
         need=need,

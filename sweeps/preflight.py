@@ -60,11 +60,16 @@ class Checked:
     worker_bytes: int = 0
 
 
-def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset]) -> Checked:
-    """Open each cell's data set and try its splits and models."""
+def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset], *, cuda: bool) -> Checked:
+    """Open each cell's data set and try its splits and models.
+
+    Args:
+        spec: whose cells they are.
+        open_: gives a trial's data set.
+        cuda: whether workers would train on GPUs; they take another share of the machine's memory.
+    """
     objectives: dict[tuple[Value, ...], Objective] = {}
     checked = Checked([], [], {})
-    cuda = torch.cuda.device_count() > 0
     found: list[int] = []
     for cell in spec.cells:
         config = spec.config(cell, spec.lowest_params())
@@ -96,7 +101,11 @@ def load_data(spec: SweepSpec, data_dir: Path | None, err: Console) -> Checked:
         SpecError: its splits or models cannot be made.
     """
     say = partial(print_line, err)
-    return check_data(spec, lambda config: open_dataset(config, data_dir, say))
+    return check_data(
+        spec,
+        lambda config: open_dataset(config, data_dir, say),
+        cuda=torch.cuda.device_count() > 0,
+    )
 
 
 def _structures(spec: SweepSpec) -> Iterator[dict[str, Value]]:
@@ -147,11 +156,14 @@ def plan_sweep(
     each = threads or spec.workers.threads
     machine = this_machine()
     if chosen is not None:
-        machine = dataclasses.replace(machine, gpus=machine.gpus[: chosen != "cpu"])
+        gpus = tuple(gpu for gpu in machine.gpus if f"cuda:{gpu.index}" == chosen)
+        machine = dataclasses.replace(machine, gpus=gpus)
 
     with err.status("looking at the data") as shown:
         data = plan.outlines(spec, data_dir)
-        checked = check_data(spec, lambda config: sampling_dataset(config, data_dir))
+        checked = check_data(
+            spec, lambda config: sampling_dataset(config, data_dir), cuda=bool(machine.gpus)
+        )
         store = store_to_read(storage_url)
         try:
             if store is not None and spec.name in stored_names(store):
@@ -204,15 +216,23 @@ def estimate(
     workers: int | None,
     checked: Checked,
     add_trials: int,
+    machine: Machine,
     err: Console,
 ) -> plan.Plan | None:
     """What the run will take, by what is known of this machine's speed, or by a glance at it.
 
     A GPU is looked at only where somebody may be asked, or the number of workers is to be found:
     that takes processes of its own, since its memory would stay with this one.
+
+    Args:
+        spec, storage_url, data_dir, workers, add_trials, err: as of `run_sweep`.
+        checked: from `load_data`.
+        machine: as it was before processes were held ready there, whose memory is the workers'.
+
+    Returns:
+        None where the speed is not known.
     """
     began = time.perf_counter()
-    machine = this_machine()
     need = Need(memory=checked.worker_bytes)
     asked = err.is_terminal and sys.stdin.isatty()
     try:

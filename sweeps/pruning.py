@@ -26,8 +26,8 @@ class WarmupHalvingPruner(BasePruner):
       the peak's on average, so a trial with a warmup of W epochs comes to the rung at r epochs
       after r + W / 2, and never before its warmup has ended. Its score there is compared with
       the others' at *their* steps: what is slow at first because it warms up is not cut for it.
-    - A trial that is hardly worse than the worst that passes does, too. Halfway, the best settings
-      lie closer together than what a few hundred validation images tell apart.
+    - A trial that is hardly worse than the worst that passes does, too. Halfway, the best
+      configurations lie closer together than what a few hundred validation images tell apart.
     - Under a plateau schedule accuracy jumps when the learning rate drops. A trial is compared
       with what the others had before they dropped theirs more often than it did.
     - A trial that diverged later sets no bar: high rates learn fastest just before they explode.

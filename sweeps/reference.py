@@ -37,7 +37,7 @@ Keys of `[train]` that the sampler suggests: `{{ low, high }}` with `log = true`
 
 ## `[[try]]`
 
-Known parameters, which run first and are never pruned: `label`, values of searched keys (the
+Known configurations, which run first and are never pruned: `label`, values of searched keys (the
 sampler fills in those left out), and `when`, a table of enumerated keys and the values that they
 are for.
 

@@ -106,7 +106,9 @@ def run_sweep(
     checked = load_data(spec, data_dir, err)
     found = None
     if isinstance(place, ThisMachine):
-        found = estimate(spec, storage_url, data_dir, workers, checked, add_trials, err)
+        found = estimate(
+            spec, storage_url, data_dir, workers, checked, add_trials, place.machine(), err
+        )
     if found is not None and not yes and not agreed(found, err):
         err.print(f"sweep: {spec.name} was not started", highlight=False, markup=False)
         return 1

@@ -100,7 +100,7 @@ class Shape:
     Attributes:
         key: its settings, as :data:`SPEED_SETTINGS` and :data:`SPEED_SWITCHES` name them.
         cell: enumerated settings of a study that trains it.
-        pinned: searched settings that decide it.
+        pinned: searched parameters that decide it.
         config: one with it.
     """
 
@@ -153,7 +153,7 @@ def key_of(config: TrialConfig) -> tuple[tuple[str, Value], ...]:
 def shapes(spec: SweepSpec, cell: Mapping[str, Value]) -> list[tuple[float, Shape]]:
     """The shapes that the trials of a study can have, each with the share of trials to expect.
 
-    A searched setting counts with its choices, each equally often; a range of whole numbers with
+    A searched parameter counts with its choices, each equally often; a range of whole numbers with
     its ends (a sixth each) and its middle, by Simpson's rule; another with its ends.
     """
     axes = []

@@ -3,7 +3,7 @@
 A suggestion depends on the spec's seed, the study and the trial's number (and on the finished
 trials that the sampler learns from), not on which worker asked or how often it restarted:
 every claim builds a fresh sampler with a seed of its own. Workers that share one sampler seed
-would suggest the same settings to each other.
+would suggest the same parameters to each other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRUNERS = (
 
 
 def distributions(space: Mapping[str, Range]) -> dict[str, BaseDistribution]:
-    """Optuna's distribution of each searched setting, by name, in the spec's order."""
+    """Optuna's distribution of each searched parameter, by name, in the spec's order."""
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -63,7 +63,7 @@ def distributions(space: Mapping[str, Range]) -> dict[str, BaseDistribution]:
 
 
 def suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Value]:
-    """Ask for every searched setting of a trial, all of them before its first report.
+    """Ask for every searched parameter of a trial, all of them before its first report.
 
     A parameter that was suggested before, in an earlier attempt of the same trial, keeps its
     value.
@@ -85,7 +85,7 @@ def draw(
     that is under way: GPSampler would take what its last attempt left behind for another's.
 
     Returns:
-        Every searched setting; of those that the trial does not have yet, by name, the value in
+        Every searched parameter; of those that the trial does not have yet, by name, the value in
         Optuna's internal representation and its distribution.
     """
     storage: Any = trial.storage

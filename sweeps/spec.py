@@ -38,7 +38,7 @@ TEXTS = ("title", "question", "source")
 TRY_WORDS = ("label", "when")
 
 CONFIRMATION = "-confirm"
-"""The sweep that confirms the best settings of another is called after it, with this behind."""
+"""The sweep that confirms the best of another is called after it, with this behind."""
 
 KEEP_CHECKPOINTS = ("best", "all", "none")
 
@@ -51,7 +51,7 @@ MAX_EDGES = 4096
 
 @dataclass(frozen=True)
 class Range:
-    """What may be suggested for one setting, in Optuna's words.
+    """What may be suggested for one parameter, in Optuna's words.
 
     Either `choices`, or `low` and `high` with an optional `step`, or `log`.
     """
@@ -109,7 +109,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Try:
-    """Known settings that run before the sampler's own.
+    """A known configuration, which runs before the sampler's own.
 
     Attributes:
         label: what outputs call it.
@@ -143,8 +143,8 @@ class Budget:
         epochs_total: epochs of all trials of all studies together; None sets no limit.
         keep_checkpoints: whose last checkpoint stays when a trial is finished: that of the
             "best" complete trial of each study, of "all" complete trials, or of "none".
-        carry: so many trials of each study, the first after its known settings, try the best
-            settings of the studies before it.
+        carry: so many trials of each study, the first after its known configurations, try the
+            best configurations of the studies before it.
     """
 
     trials: int = 20
@@ -172,9 +172,9 @@ class SweepSpec:
     """A checked sweep. Make one with `load`, `from_table` or `from_dict`.
 
     Attributes:
-        confirms: the sweep whose settings this one trains again with other seeds, or "". The
+        confirms: the sweep whose configurations this one trains again with other seeds, or "". The
             trials of a confirmation (`sweeps.confirm`) are those that are enqueued, `seed` is a
-            searched setting of theirs, and their value is their accuracy on the test images.
+            searched parameter of theirs, and their value is their accuracy on the test images.
     """
 
     name: str
@@ -208,7 +208,7 @@ class SweepSpec:
         return TrialConfig.build({**self.train, **cell, **params}, where="[train]")
 
     def lowest_params(self) -> dict[str, Value]:
-        """A point of the search space: every setting at its lowest."""
+        """A point of the search space: every parameter at its lowest."""
         return {name: min(r.ends(), key=_order) for name, r in self.search.items()}
 
     def edges(self) -> Iterator[dict[str, Value]]:

@@ -52,7 +52,7 @@ class TrialStatus:
         seconds: time that its finished attempt took, or None.
         images_per_second: of the latest epoch of a running trial, or None.
         worker: who runs it, or "".
-        carried_from: which trial of another study had its settings first, or "".
+        carried_from: which trial of another study had its configuration first, or "".
     """
 
     number: int

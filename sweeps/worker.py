@@ -336,7 +336,8 @@ class Worker:
                 # As a worker frozen past its lease sees it, whose trial has been finished.
                 logger.warning("%s #%d went to another worker", study.name, claim.number)
                 return
-            if _out_of_memory(error) and self._options.gpu_memory is not None:
+            full = _out_of_memory(error) or _gpu_is_full(error)
+            if full and self._options.gpu_memory is not None:
                 # Told only where the GPU is the trial's alone; the launcher makes room.
                 logger.warning("%s #%d: %s", study.name, claim.number, _first_line(error))
                 self._queue.release(claim)
@@ -401,7 +402,7 @@ class Worker:
     def _begin(
         self, sweep: StoredSweep, study: SweepStudy, claim: Claim
     ) -> tuple[optuna.Trial, TrialConfig]:
-        """Suggest the trial's settings."""
+        """Suggest the trial's parameters."""
         # A trial and its sampler anew for each try: the random state of a sampler that failed
         # half-way has moved on, and the store may have what it drew.
         trial, params = with_retries(lambda: self._suggested(sweep, study, claim))
@@ -421,7 +422,7 @@ class Worker:
         return trial, params
 
     def _carry(self, sweep: StoredSweep, study: SweepStudy, claim: Claim) -> None:
-        """Fix the trial's settings to those of another study, if it is due and there are any."""
+        """Fix the trial's configuration to one of another study, if it is due and there is any."""
         here = sweep.studies.index(study)
         if not carrying.is_due(sweep.spec, here, claim.number):
             return
@@ -466,7 +467,7 @@ class Worker:
             if reported > covered:
                 self._queue.forget_steps(claim, after=covered)
                 trial = with_retries(lambda: optuna.Trial(trial.study, claim.trial_id))
-        # The known settings are what the others are compared with: they run to their end.
+        # The known configurations are what the others are compared with: they run to their end.
         return _Reporter(
             trial,
             write=lambda step, score, curves: self._queue.report(
@@ -639,6 +640,16 @@ def _breaks_device(error: Exception) -> bool:
     """Whether the process can use its GPU no more, as after an illegal access."""
     text = str(error)
     return "CUDA error" in text and not isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _gpu_is_full(error: Exception) -> bool:
+    """Whether CUDA or one of its libraries found no memory beside what PyTorch holds for tensors.
+
+    Its own errors carry that in their text alone. On a GPU that others share, fewer workers help;
+    elsewhere the device counts as broken, as nobody knows who holds the rest.
+    """
+    text = str(error)
+    return "CUBLAS_STATUS_ALLOC_FAILED" in text or "CUDA error: out of memory" in text
 
 
 def _out_of_memory(error: Exception) -> bool:

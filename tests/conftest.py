@@ -17,6 +17,10 @@ from sqlalchemy import create_engine, text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A script's `pytest &` starts with Ctrl-C ignored, which every command under test would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="module")
 def postgres_server() -> Iterator[Any]:

@@ -34,6 +34,7 @@ from sweeps.machine import (
     cpu_quota,
     divide,
     fewer,
+    filled_in,
     free_memory,
     gpu_part,
     gpu_room,
@@ -61,9 +62,9 @@ GB = 10**9
         (Machine(8, GB), 1, 100, Need(memory=2 * GB), 1),
         (Machine(8, 64 * GB), 1, 100, Need(memory=2 * GB), 8),
         # One a GPU, unless it was measured that more bring more.
-        (Machine(8, None, (Gpu(), Gpu())), 1, 100, NOTHING_KNOWN, 2),
-        (Machine(8, None, (Gpu(), Gpu())), 1, 100, Need(workers_per_gpu=3), 6),
-        (Machine(8, 10 * GB, (Gpu(), Gpu())), 1, 100, Need(2 * GB, workers_per_gpu=3), 4),
+        (Machine(8, None, (Gpu(0), Gpu(1))), 1, 100, NOTHING_KNOWN, 2),
+        (Machine(8, None, (Gpu(0), Gpu(1))), 1, 100, Need(workers_per_gpu=3), 6),
+        (Machine(8, 10 * GB, (Gpu(0), Gpu(1))), 1, 100, Need(2 * GB, workers_per_gpu=3), 4),
     ],
 )
 def test_auto_is_the_least_of_what_cores_memory_and_trials_are_enough_for(
@@ -95,7 +96,7 @@ def test_what_binds_is_said() -> None:
 def test_workers_of_a_gpu_never_hold_more_than_was_free_on_it() -> None:
     for free in (6 * GB, 24 * GB, 80 * GB):
         for workers in range(1, 20):
-            slots = divide(Machine(32, None, (Gpu(free),)), workers, 1, 100, NOTHING_KNOWN)
+            slots = divide(Machine(32, None, (Gpu(0, free),)), workers, 1, 100, NOTHING_KNOWN)
             assert len({slot.gpu_memory for slot in slots}) == 1
             limit = slots[0].gpu_memory
             assert (limit is None) == (workers == 1)
@@ -111,7 +112,7 @@ def test_workers_of_a_gpu_never_hold_more_than_was_free_on_it() -> None:
 
 
 def test_uneven_gpus_and_workers_get_parts_of_their_own_gpu() -> None:
-    machine = Machine(8, None, (Gpu(80 * GB), Gpu(16 * GB)))
+    machine = Machine(8, None, (Gpu(0, 80 * GB), Gpu(1, 16 * GB)))
     slots = divide(machine, 3, 1, 100, NOTHING_KNOWN)
     assert [slot.device for slot in slots] == ["cuda:0", "cuda:1", "cuda:0"]
     assert slots[0].gpu_memory == slots[2].gpu_memory == gpu_part(80 * GB, 2)
@@ -119,8 +120,19 @@ def test_uneven_gpus_and_workers_get_parts_of_their_own_gpu() -> None:
     assert {slot.threads for slot in slots} == {2}
 
 
+def test_workers_of_one_gpu_of_several_share_that_one() -> None:
+    several = filled_in(Machine(8, None, (Gpu(0), Gpu(1), Gpu(2))), [9 * GB, 80 * GB, 9 * GB])
+    chosen = filled_in(Machine(8, None, (Gpu(1),)), [80 * GB])
+    assert chosen.gpus == several.gpus[1:2]
+    half = gpu_part(80 * GB + GPU_CONTEXT_BYTES, 2)
+    assert half is not None
+    assert divide(chosen, 2, 1, 100, NOTHING_KNOWN) == [Slot("cuda:1", 4, half)] * 2
+    assert divide(chosen, None, 1, 100, Need(workers_per_gpu=2)) == [Slot("cuda:1", 4, half)] * 2
+    assert divide(chosen, None, 1, 100, NOTHING_KNOWN) == [Slot("cuda:1", 8)]
+
+
 def test_fewer_workers_have_all_that_more_had() -> None:
-    slots = divide(Machine(16, None, (Gpu(80 * GB),)), 5, 1, 100, NOTHING_KNOWN)
+    slots = divide(Machine(16, None, (Gpu(0, 80 * GB),)), 5, 1, 100, NOTHING_KNOWN)
     two = fewer(slots)
     assert len(two) == 2
     first, second = slots[0].gpu_memory, two[0].gpu_memory
@@ -181,6 +193,13 @@ def test_a_containers_quota_counts_and_not_the_machines_cores(tmp_path: Path) ->
     )
     assert cpu_quota(*old) == 4.0
     assert cores(*old) == min(4, len(os.sched_getaffinity(0)))
+    # A group may have any name, in any encoding.
+    named = groups(tmp_path / "named", "", **{"cpu.max": "max 100000\n"})
+    named[1].write_bytes("0::/köln/".encode() + b"\xe9\n")
+    folder = named[0] / os.fsdecode("köln/".encode() + b"\xe9")
+    folder.mkdir(parents=True)
+    (folder / "cpu.max").write_text("250000 100000\n", encoding="ascii")
+    assert cpu_quota(*named) == 2.5
     none = groups(tmp_path / "none", "0::/\n", **{"cpu.max": "max 100000\n"})
     assert cpu_quota(*none) is None
     assert cpu_quota(tmp_path / "nowhere", tmp_path / "nothing") is None
@@ -255,7 +274,7 @@ class Large(nn.Module):
         self.fc = nn.Linear(size, classes)
     def forward(self, x):
         if "--gpu-memory" in sys.argv and len(x) > 32:  # not when it is tried at its making
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            raise ERROR
         return self.fc(x.flatten(1))
 
 def large(*, norm_layer, num_classes, in_channels, image_size):
@@ -264,10 +283,18 @@ def large(*, norm_layer, num_classes, in_channels, image_size):
 """A network that is out of memory wherever its worker has a part of the GPU only."""
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")',
+        'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")',
+    ],
+    ids=["PyTorch", "cuBLAS"],
+)
 def test_a_trial_that_does_not_fit_its_part_is_run_by_fewer_workers_not_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
-    (tmp_path / "fits.py").write_text(FITS_ALONE, encoding="utf-8")
+    (tmp_path / "fits.py").write_text(FITS_ALONE.replace("ERROR", error), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     begin(tmp_path, make_spec(train={"model": "fits:large", "width_factor": None, "epochs": 1}))
@@ -300,6 +327,17 @@ def test_expected_workers_are_the_ones_that_run_and_no_other_is_left(tmp_path: P
     assert found == {1}
     ran = {trial.system_attrs[LEASE_ATTR]["worker"] for trial in trials(tmp_path)}
     assert all(f"-{second.pid}-" in worker for worker in ran)
+
+
+def test_memory_that_is_taken_after_the_beginning_leaves_the_number_of_workers_alone() -> None:
+    with ThisMachine() as place:
+        before = place.machine()
+        # As processes do that are held ready.
+        held = b"x" * (GB // 4)
+        assert place.machine() == before
+        need = Need(memory=GB // 4)
+        assert place.plan(None, 1, 100, need) == divide(before, None, 1, 100, need)
+        del held
 
 
 def test_expected_workers_that_are_not_launched_end(tmp_path: Path) -> None:

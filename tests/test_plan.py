@@ -118,6 +118,22 @@ def test_workers_share_the_trials_and_the_last_one_is_waited_for() -> None:
     assert (one, two, four) == (3 * 7 + 5, 2 * 7 + 5, 7 + 5)
 
 
+def test_studies_that_carry_are_dealt_one_after_another() -> None:
+    axis = {"each": {"norm": ["group", "fixup"]}, "train": {"norm": None}}
+    found = []
+    for carry in (0, 1):
+        plan = plan_of(make_spec(**axis, budget={"trials": 3, "carry": carry}), workers=2)
+        first = plan.studies[0]
+        # A trial takes 21 s in the first study, 7 s in the second.
+        samples = {
+            **plan.samples,
+            **{s.key: dataclasses.replace(SAMPLE, begin_seconds=15.0) for _, s in first.shapes},
+        }
+        found.append(dataclasses.replace(plan, samples=samples).seconds(pruning=True))
+    # In turns: 21 + 7 + 21 beside 7 + 21 + 7. One study first: 21 + 21 beside 21 + 7 + 7 + 7.
+    assert found == [49 + 5, 42 + 5]
+
+
 @pytest.mark.parametrize(
     ("train", "images"),
     [
@@ -196,10 +212,16 @@ def test_successive_halving_leaves_what_its_rungs_leave() -> None:
     share = epoch_share(make_spec(train={"epochs": 4}, pruner=pruner), None, None)
     # All run 1 epoch, a half a second one, a quarter the last two.
     assert share.value == pytest.approx((1 + 0.5 * 1 + 0.25 * 2) / 4)
-    ours = {"type": "WarmupHalvingPruner", "first_rung": 0.25}
+    ours = {"type": "WarmupHalvingPruner", "first_rung": 0.25, "tolerance": 0.0}
     same = epoch_share(make_spec(train={"epochs": 4}, pruner=ours), None, None)
     assert same.value == share.value
-    assert "WarmupHalvingPruner promotes one trial in 2" in same.whence
+    assert "WarmupHalvingPruner lets 50% of the trials pass" in same.whence
+    # Those near the best pass too.
+    usual = {"type": "WarmupHalvingPruner"}
+    near = epoch_share(make_spec(train={"epochs": 60}, pruner=usual), None, None)
+    assert near.value == pytest.approx(0.3 + 0.75 * 0.3 + 0.75**2 * 0.4)
+    everyone = epoch_share(make_spec(pruner={**usual, "tolerance": 1.0}), None, None)
+    assert everyone.value == 1
 
 
 def test_searched_settings_that_change_the_speed_are_shapes_of_their_own() -> None:

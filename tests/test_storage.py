@@ -245,6 +245,8 @@ def test_other_schema_version(tmp_path: Path, read_only: bool) -> None:
 def test_servers() -> None:
     assert "pip install 'psycopg[binary]'" in message("postgresql+pg8000://me@host/name")
     assert "mysql+pymysql" in message("mysql+mysqldb://me@host/name")
+    for mistyped in ("mysql2", "postgresql2", "mariadbs+pymysql"):
+        assert f"no driver for {mistyped}; use sqlite" in message(f"{mistyped}://me@host/name")
     assert "no driver for nonsense" in message("nonsense://me@host/name")
     assert "write grpc://HOST:PORT" in message("grpc://host")
     try:
