@@ -319,7 +319,7 @@ def test_measurements_are_kept_by_what_they_depend_on() -> None:
 
 def test_plan_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", each={"norm": ["group", "fixup"]}, train={"norm": None})
-    found = planned(tmp_path, "tiny.toml", "--workers", "2", "--seconds", "1")
+    found = planned(tmp_path, "tiny.toml", "--workers", "2", "--seconds", "3")
     assert found["problems"] == []
     assert (found["workers"], found["device"], found["threads"]) == (2, "cpu", 1)
     assert found["total"] == {
