@@ -75,7 +75,7 @@ def test_the_paired_test_rejects_what_is_equal_as_seldom_as_it_says() -> None:
 
 
 def test_holm_keeps_the_level_of_the_whole_family() -> None:
-    """One best against three known configurations that equal it: false alarms in one family of 20."""
+    """One best against three known configurations that equal it: false alarms in 1 of 20."""
     problems = 10_000
     best = noisy(5, problems, 1, SEEDS)
     p = paired_p_value(best - noisy(6, problems, 3, SEEDS))
