@@ -7,7 +7,8 @@ Plain Optuna is what its users write: `study.optimize` in each process, on the U
 A trial suggests five parameters and reports ten epochs; nothing is trained. Ours is the real pull
 loop with its leases, curves, provenance and budget (only the training is replaced); theirs is
 `study.optimize` with the same calls, `RandomSampler` and Optuna's default storage settings. The
-two take turns within a round; the table has medians over the rounds and their ratio.
+two take turns within a round; the table has medians over the rounds and their ratio. Ray Tune needs
+`pip install 'ray[tune]'`.
 """
 
 from __future__ import annotations
