@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from storage.trial_table import FIXED
-from sweeps.config import Value, written
+from sweeps.config import Value
 from sweeps.errors import SpecError
-from sweeps.spec import SweepSpec
+from sweeps.spec import SweepSpec, cell_name
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -91,7 +91,7 @@ def candidates(spec: SweepSpec, trials: Sequence[Sequence[FrozenTrial]]) -> Iter
         for rank, trial in enumerate(_best_first(trials[i]))
     ]
     for _, _, i, trial in sorted(ranked, key=lambda entry: entry[:2]):
-        source = trial.user_attrs.get(CARRIED) or f"{_name(spec.cells[i])} #{trial.number}"
+        source = trial.user_attrs.get(CARRIED) or f"{cell_name(spec.cells[i])} #{trial.number}"
         if trial.params.keys() != spec.search.keys():
             continue
         params = _scaled(spec, i, here, trial.params)
@@ -146,7 +146,3 @@ def _distance(one: Mapping[str, Value], other: Mapping[str, Value]) -> tuple[int
 
 def _is_positive(value: Value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _name(cell: Mapping[str, Value]) -> str:
-    return ",".join(f"{name}={written(value)}" for name, value in cell.items())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sweeps.attributes import CURVES
 from sweeps.config import TrialConfig, Value, written
 from sweeps.confirmation import read_answer
 from sweeps.confirmed import (
@@ -19,7 +20,7 @@ from sweeps.confirmed import (
 from sweeps.progress import describe_params
 from sweeps.report import answer_note, short_name
 from sweeps.spec import SweepSpec
-from sweeps.status import CURVES, OUTCOMES, StudyStatus, SweepStatus, TrialStatus
+from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
 from sweeps.studies import StoredSweep
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from storage.archive_rows import StudyRows, TrialRows, renumbered
 from storage.checkpoints import CheckpointStore
 from storage.leases import LEASE_ATTR
 from storage.trial_table import FIXED
+from sweeps.attributes import OUTCOME
 from sweeps.errors import plural
 from sweeps.limits import SESSION, STOPS, is_span
 from sweeps.spec import SweepSpec
-from sweeps.status import OUTCOME
 from sweeps.studies import ADDED, LABEL, SPEC
 
 MERGED_FROM = "sweep:merged_from"

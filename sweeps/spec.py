@@ -167,6 +167,11 @@ class WorkerShare:
     threads: int = 1
 
 
+def cell_name(cell: Mapping[str, Value]) -> str:
+    """A cell as studies are named after it, such as `global_batch_size=1024`."""
+    return ",".join(f"{name}={written(value)}" for name, value in cell.items())
+
+
 @dataclass(frozen=True)
 class SweepSpec:
     """A checked sweep. Make one with `load`, `from_table` or `from_dict`.
@@ -195,9 +200,7 @@ class SweepSpec:
         """The Optuna study of `cell`, such as `fixup-largebatch/global_batch_size=1024`."""
         if not cell:
             return self.name
-        return f"{self.name}/" + ",".join(
-            f"{name}={written(value)}" for name, value in cell.items()
-        )
+        return f"{self.name}/{cell_name(cell)}"
 
     def config(self, cell: Mapping[str, Value], params: Mapping[str, Value]) -> TrialConfig:
         """The training that a trial with `params` in the study of `cell` is.

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeps.attributes import CURVES as CURVES
-from sweeps.attributes import OUTCOME as OUTCOME
+from sweeps.attributes import CURVES, OUTCOME
 from sweeps.carrying import CARRIED
 from sweeps.config import Value
 from sweeps.limits import spent, stops

@@ -39,6 +39,7 @@ from storage.leases import LEASE_ATTR, count, parse_lease, released
 from storage.retries import with_retries
 from storage.trial_table import FIXED
 from storage.trials import TrialQueue
+from sweeps.attributes import CURVES, OUTCOME
 from sweeps.carrying import CARRIED
 from sweeps.edits import decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
@@ -52,9 +53,7 @@ from sweeps.merging import (
 )
 from sweeps.spec import SweepSpec, confirmed_by
 from sweeps.status import (
-    CURVES,
     FAILURES,
-    OUTCOME,
     OUTCOMES,
     PROGRESS,
     PROVENANCE,

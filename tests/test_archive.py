@@ -34,12 +34,13 @@ from storage.leases import LEASE_ATTR
 from storage.trial_table import TrialTable
 from storage.trials import TrialQueue
 from sweeps import search
+from sweeps.attributes import CURVES
 from sweeps.cli import main
 from sweeps.errors import SpecError, SweepError
 from sweeps.limits import request_stop, stops
 from sweeps.merging import MERGED_FROM
 from sweeps.spec import SweepSpec
-from sweeps.status import CURVES, read_status
+from sweeps.status import read_status
 from sweeps.studies import Addition, create_or_resume, stored_sweep
 from sweeps.transfer import export_sweep, import_sweep
 from sweeps.worker import StopRequest, Worker, WorkerOptions

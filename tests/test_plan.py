@@ -24,6 +24,7 @@ from data.sources import DataError, load_dataset, made_dataset, outline
 from storage.trials import TrialQueue
 from sweeps import search
 from sweeps import spec as specs
+from sweeps.attributes import CURVES, OUTCOME
 from sweeps.confirm import enqueue_runs
 from sweeps.errors import SpecError, SweepError
 from sweeps.machine import Slot
@@ -40,7 +41,6 @@ from sweeps.sampling import (
     shapes,
 )
 from sweeps.spec import SweepSpec
-from sweeps.status import CURVES, OUTCOME
 from sweeps.studies import stored_sweep
 
 SIZES = Sizes(train_images=1000, val_images=100, updates_per_epoch=10, images_per_epoch=1280)

@@ -10,9 +10,9 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from sweeps import search
+from sweeps.attributes import CURVES, OUTCOME
 from sweeps.errors import SpecError
 from sweeps.spec import SweepSpec
-from sweeps.status import CURVES, OUTCOME
 
 TRAIN = {"dataset": "digits", "num_groups": 2, "epochs": 40, "schedule": "cosine"}
 WARMUP = FloatDistribution(0.0, 30.0)

@@ -18,6 +18,7 @@ from rich.console import Console
 from data.sources import load_dataset
 from storage.engine import open_storage
 from sweeps import search
+from sweeps.attributes import CURVES
 from sweeps.errors import SweepError
 from sweeps.figures import Figure, make_figures
 from sweeps.figures.parts import COLOURS, MAX_POINTS
@@ -33,7 +34,6 @@ from sweeps.importance import importance_shares
 from sweeps.page import default_folder, page_html, results_csv, table_markdown, write_report
 from sweeps.report import answer_table
 from sweeps.spec import SweepSpec
-from sweeps.status import CURVES
 from sweeps.studies import create_or_resume, stored_sweep
 
 EPOCHS = 4

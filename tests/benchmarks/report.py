@@ -38,7 +38,7 @@ def make_store(url: str, trials: int, epochs: int) -> None:
 
     from storage.engine import open_storage, sql_engine
     from sweeps import search, spec
-    from sweeps.status import CURVES
+    from sweeps.attributes import CURVES
     from sweeps.studies import create_or_resume, stored_sweep
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
