@@ -101,7 +101,7 @@ def test_a_sweep_that_two_workers_run_goes_on_elsewhere_as_if_it_had_never_moved
         place.mkdir()
         write_spec(place / "tiny.toml", **changes)
     with started(here, "tiny.toml", "--workers", "2") as process:
-        wait_for_epochs(here, epochs=1, busy=2)
+        wait_for_epochs(here, epochs=1, busy=1)
         line = export_sweep("tiny", tmp_path / "tiny.sweep", url(here), overwrite=False)
         assert process.poll() is None, "the sweep ended before its export did"
         process.kill()

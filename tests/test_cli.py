@@ -20,6 +20,8 @@ from storage.leases import LEASE_ATTR
 EPOCHS = 60
 LONG: dict[str, Any] = {"train": {"epochs": EPOCHS}, "budget": {"trials": 3}}
 """Trials of some seconds, so that a signal arrives while they run."""
+ENDLESS: dict[str, Any] = {"train": {"epochs": 100_000}, "budget": {"trials": 3}}
+"""Trials that none can finish before the signal, however late one of two workers begins."""
 
 
 def status(cwd: Path, name: str = "tiny") -> dict[str, Any]:
@@ -114,7 +116,9 @@ def test_ctrl_c_leaves_the_store_clean_and_starting_again_goes_on(tmp_path: Path
     assert "go on:" in out
     assert "Traceback" not in err
     left = trials(tmp_path)
-    assert {t.state for t in left} == {TrialState.WAITING}
+    # One worker may be done with its trial before the other has begun.
+    assert {t.state for t in left} <= {TrialState.WAITING, TrialState.COMPLETE}
+    assert TrialState.WAITING in {t.state for t in left}
     kept = {t.number: t.intermediate_values for t in left}
     assert all(len(kept[t.number]) >= 3 for t in running)
     done = run("start", "tiny.toml", "--workers", "2", cwd=tmp_path)
@@ -129,7 +133,7 @@ def test_ctrl_c_leaves_the_store_clean_and_starting_again_goes_on(tmp_path: Path
 
 
 def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(tmp_path: Path) -> None:
-    write_spec(tmp_path / "tiny.toml", **LONG)
+    write_spec(tmp_path / "tiny.toml", **ENDLESS)
     with started(tmp_path, "tiny.toml", "--workers", "2") as process:
         wait_for_epochs(tmp_path, 2, busy=2)
         for pid in worker_pids(tmp_path):
@@ -150,7 +154,7 @@ def test_a_killed_worker_costs_nothing_but_its_running_epoch(tmp_path: Path) -> 
     write_spec(tmp_path / "tiny.toml", **LONG)
     with started(tmp_path, "tiny.toml", "--workers", "2") as process:
         wait_for_epochs(tmp_path, 2, busy=2)
-        victim = worker_pids(tmp_path)[0]
+        victim = worker_pids(tmp_path)[-1]  # the one furthest from its end
         os.kill(victim, signal.SIGKILL)
         out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
@@ -164,7 +168,7 @@ def test_a_killed_worker_costs_nothing_but_its_running_epoch(tmp_path: Path) -> 
 
 
 def test_workers_end_with_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    write_spec(tmp_path / "tiny.toml", **LONG)
+    write_spec(tmp_path / "tiny.toml", **ENDLESS)
     with started(tmp_path, "tiny.toml", "--workers", "2") as process:
         wait_for_epochs(tmp_path, 2, busy=2)
         pids = worker_pids(tmp_path)
@@ -195,7 +199,7 @@ def test_a_worker_may_join_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_sigterm_to_a_worker_is_polite(tmp_path: Path) -> None:
-    write_spec(tmp_path / "tiny.toml", **LONG)
+    write_spec(tmp_path / "tiny.toml", **ENDLESS)
     with started(tmp_path, "tiny.toml", "--workers", "1") as process:
         wait_for_epochs(tmp_path, 1, busy=1)
         process.send_signal(signal.SIGTERM)

@@ -41,7 +41,7 @@ needs_ray = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.xdist_group("ray")
 
-EPOCHS = 30
+EPOCHS = 60
 LONG: dict[str, Any] = {
     "train": {"epochs": EPOCHS}, "budget": {"trials": 3}, "workers": {"threads": 1},
 }  # fmt: skip
@@ -118,7 +118,7 @@ def test_killed_workers_start_again_and_the_budget_is_exact(tmp_path: Path, clus
 
 @needs_ray
 def test_a_second_ctrl_c_on_ray_stops_at_once(tmp_path: Path, cluster: Any) -> None:
-    write_spec(tmp_path / "tiny.toml", **LONG)
+    write_spec(tmp_path / "tiny.toml", **{**LONG, "train": {"epochs": 100_000}})
     with in_a_terminal(tmp_path, "tiny.toml", "--on", f"ray={cluster.address}") as process:
         wait_for_epochs(tmp_path, 2, busy=2)
         for pid in worker_pids(tmp_path):
@@ -164,7 +164,7 @@ def test_sqlite_is_refused_where_there_are_two_nodes(tmp_path: Path, cluster: An
 @needs_ray
 def test_ctrl_c_on_a_cluster_of_its_own_leaves_all_to_be_gone_on_with(tmp_path: Path) -> None:
     write_spec(
-        tmp_path / "tiny.toml", **{**LONG, "train": {"epochs": 500}, "budget": {"trials": 1}}
+        tmp_path / "tiny.toml", **{**LONG, "train": {"epochs": 200}, "budget": {"trials": 1}}
     )
     with in_a_terminal(tmp_path, "tiny.toml", "--on", "ray=local", "--workers", "1") as process:
         wait_for_epochs(tmp_path, 3, busy=1)
