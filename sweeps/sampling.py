@@ -672,7 +672,7 @@ def main() -> None:
     folder = Path(header["folder"])
     data_dir = Path(header["data_dir"]) if header["data_dir"] else None
     store = open_storage(f"sqlite:///{folder / 'sweep.db'}")
-    checkpoints = CheckpointStore(folder / "checkpoints")
+    checkpoints = CheckpointStore(folder / f"checkpoints-{os.getpid()}")  # one writer of a key
     datasets: dict[tuple[Value, ...], Dataset] = {}
     for line in sys.stdin:
         request = json.loads(line)
