@@ -357,12 +357,13 @@ class TrialConfig:
         str,
         choices=("all", "weights"),
     )
-    scalar_lr_factor: float = _setting(
-        1.0,
+    scalar_lr_factor: float | str = _setting(
+        "auto",
         "Learning rate of Fixup's scalars (of norms: scales and biases), as a share of the "
-        "weights'. Fixup's authors use 0.1 at batch 128.",
+        "weights'; `auto` is 0.1 for `fixup`, as its authors train it, and 1 for norms.",
         float,
         above=0,
+        word="auto",
     )
     clip_grad_norm: float | str = _setting(
         "off", "Largest norm of the whole gradient; a longer one is scaled down.", float, above=0,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import make_spec
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -280,6 +281,21 @@ def without_times(results: list[EpochResult]) -> list[tuple[Any, ...]]:
         (r.epoch, r.train_loss, r.val_loss, r.val_accuracy, r.predicted_classes, r.lr)
         for r in results
     ]
+
+
+@pytest.mark.parametrize(("norm", "meant", "other"), [("fixup", 0.1, 1.0), ("group", 1.0, 0.1)])
+def test_scalars_learn_as_the_authors_of_each_network_have_them(
+    norm: str, meant: float, other: float
+) -> None:
+    def losses(factor: float | str) -> list[float]:
+        train = {"norm": norm, "scalar_lr_factor": factor, "epochs": 1}
+        config = make_spec(train=train).config({}, {"peak_lr": 0.1})
+        objective = Objective(open_dataset(config, None), torch.device("cpu"))
+        heard: list[float] = []
+        objective.run(config, seeds=1, on_epoch=lambda p: heard.append(p.result.train_loss))
+        return heard
+
+    assert losses("auto") == losses(meant) != losses(other)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "fixup"])
