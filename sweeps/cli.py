@@ -243,7 +243,7 @@ def plan(
     began = time.perf_counter()
     spec = _load(sweep, storage_url, quick, overrides, name)
     with _stderr().status("loading PyTorch and Optuna"):
-        from sweeps.plan import plan_lines, plan_table
+        from sweeps.planning.words import plan_lines, plan_table
         from sweeps.preflight import plan_sweep
         from sweeps.progress import print_line
 
