@@ -35,7 +35,7 @@ from sweeps.spec import SweepSpec
 from sweeps.studies import store_to_read, stored_names, stored_sweep
 
 if TYPE_CHECKING:
-    from data.sources import Dataset
+    from data.dataset import Dataset
 
 # Settings that the splits or the models may refuse.
 STRUCTURAL = (

@@ -28,7 +28,7 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from data.sources import DataError
+from data.errors import DataError
 from storage.checkpoints import CheckpointError, CheckpointStore
 from storage.retries import StopRequestedError, is_transient, with_retries
 from storage.trials import Claim, LeaseLostError, TrialQueue

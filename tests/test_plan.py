@@ -20,7 +20,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from data.sources import DataError, load_dataset, made_dataset, outline
+from data.dataset import made_dataset
+from data.errors import DataError
+from data.sources import load_dataset, outline
 from storage.trials import TrialQueue
 from sweeps import search
 from sweeps import spec as specs

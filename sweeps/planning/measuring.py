@@ -23,7 +23,7 @@ from sweeps.planning.speeds import Sample, keep_sample, kept_sample
 from sweeps.planning.stopwatch import measure_here
 
 if TYPE_CHECKING:
-    from data.sources import Dataset
+    from data.dataset import Dataset
 
 
 def unmeasured(plan: Plan) -> list[Shape]:

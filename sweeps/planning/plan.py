@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.sources import Outline, outline
+from data.dataset import Outline
+from data.sources import outline
 from sweeps.carrying import HEAD_START
 from sweeps.config import Value
 from sweeps.limits import epochs_spent, seconds_spent

@@ -30,7 +30,9 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import torch
 
-from data.sources import Dataset, cache_dir, load_dataset, made_dataset, outline
+from data.dataset import Dataset, made_dataset
+from data.folders import cache_dir
+from data.sources import load_dataset, outline
 from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
 from sweeps.config import TrialConfig, Value

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.sources import cache_dir
+from data.folders import cache_dir
 from storage.leases import LEASE_ATTR
 from storage.leases import count as count_of
 from sweeps.config import TrialConfig

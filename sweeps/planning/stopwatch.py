@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.sources import Dataset
+from data.dataset import Dataset
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig
 from sweeps.errors import SweepError

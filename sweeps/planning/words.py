@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rich.table import Table
 
-from data.sources import Outline
+from data.dataset import Outline
 from sweeps.errors import plural
 from sweeps.planning.plan import Plan
 from sweeps.progress import PlainTable
