@@ -42,7 +42,8 @@ from sweeps.run import (
     print_edits,
     run_to_end,
 )
-from sweeps.spec import CONFIRMATION, Range, SweepSpec
+from sweeps.space import Range
+from sweeps.spec import CONFIRMATION, SweepSpec
 from sweeps.status import StudyStatus, SweepStatus, TrialStatus, read_status
 from sweeps.studies import (
     LABEL,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, nearest
-from sweeps.spec import Range, SweepSpec
+from sweeps.space import Range
+from sweeps.spec import SweepSpec
 
 if TYPE_CHECKING:
     from optuna import Trial

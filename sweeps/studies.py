@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sweeps.config import Value, written
 from sweeps.edits import Edit, edits
 from sweeps.errors import SpecError, SweepError, nearest
-from sweeps.spec import SweepSpec, Try
+from sweeps.sections import Try
+from sweeps.spec import SweepSpec
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -24,8 +24,7 @@ from data.dataset import made_dataset
 from data.errors import DataError
 from data.sources import load_dataset, outline
 from storage.trials import TrialQueue
-from sweeps import search
-from sweeps import spec as specs
+from sweeps import search, specfiles
 from sweeps.attributes import CURVES, OUTCOME
 from sweeps.confirm import enqueue_runs
 from sweeps.errors import SpecError, SweepError
@@ -244,8 +243,8 @@ def test_searched_settings_that_change_the_speed_are_shapes_of_their_own() -> No
 
 
 def test_every_presets_shapes_can_be_listed() -> None:
-    for name in specs.presets():
-        spec = specs.load(name)
+    for name in specfiles.presets():
+        spec = specfiles.load(name)
         for cell in spec.cells:
             assert sum(weight for weight, _ in shapes(spec, cell)) == pytest.approx(1)
 

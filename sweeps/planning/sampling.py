@@ -42,7 +42,8 @@ from sweeps.objective import Objective, dataset_identity, prepare_process
 from sweeps.planning.shapes import Shape
 from sweeps.planning.speeds import Sample
 from sweeps.planning.stopwatch import Stopwatch
-from sweeps.spec import Budget, SweepSpec
+from sweeps.sections import Budget
+from sweeps.spec import SweepSpec
 from sweeps.studies import SweepStudy, create_or_resume
 from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError
-from sweeps.spec import Range, SweepSpec
+from sweeps.space import Range
+from sweeps.spec import SweepSpec
 
 SPEED_SETTINGS = (
     "dataset", "image_size", "num_train_images", "validation", "validation_fraction", "augment",
