@@ -39,7 +39,16 @@ from storage.leases import LEASE_ATTR, count, parse_lease, released
 from storage.retries import with_retries
 from storage.trial_table import FIXED
 from storage.trials import TrialQueue
-from sweeps.attributes import CURVES, OUTCOME
+from sweeps.attributes import (
+    CURVES,
+    FAILURES,
+    LABEL,
+    OUTCOME,
+    PROGRESS,
+    PROVENANCE,
+    REASON,
+    SECONDS,
+)
 from sweeps.carrying import CARRIED
 from sweeps.edits import decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
@@ -52,19 +61,11 @@ from sweeps.merging import (
     summary,
 )
 from sweeps.spec import SweepSpec, confirmed_by
-from sweeps.status import (
-    FAILURES,
-    OUTCOMES,
-    PROGRESS,
-    PROVENANCE,
-    REASON,
-    SECONDS,
-)
+from sweeps.status import OUTCOMES
 from sweeps.studies import (
     ADDED,
     CELL,
     FINGERPRINT,
-    LABEL,
     POSITION,
     READY,
     SPEC,

@@ -26,10 +26,10 @@ import torch
 from data.folders import cache_dir
 from storage.leases import LEASE_ATTR
 from storage.leases import count as count_of
+from sweeps.attributes import PROVENANCE, SECONDS
 from sweeps.config import TrialConfig
 from sweeps.machine import Slot
 from sweeps.planning.shapes import key_of
-from sweeps.status import PROVENANCE, SECONDS
 from sweeps.studies import StoredSweep
 
 if TYPE_CHECKING:
