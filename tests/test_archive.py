@@ -27,10 +27,11 @@ from optuna_dashboard import get_note, save_note
 from sqlalchemy import text
 from test_cli import started, wait_for_epochs
 
-from storage.archive_rows import StudyRows, StudyTables
+from storage.archive_rows import StudyRows
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 from storage.engine import StorageError, open_storage, sql_engine
 from storage.leases import LEASE_ATTR
+from storage.study_tables import StudyTables
 from storage.trial_table import TrialTable
 from storage.trials import TrialQueue
 from sweeps import search
