@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sweeps.errors import SpecError, SweepError
+from sweeps.errors import SpecError, SweepError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -599,7 +599,7 @@ def main() -> None:
         if names & {"StorageError", "DataError", "CheckpointError"}:
             _fail(error, 1)
         if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
-            _fail(f"the database failed: {str(error).splitlines()[0]}", 1)
+            _fail(f"the database failed: {first_line(error)}", 1)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -20,7 +20,7 @@ from storage.engine import StorageError, check_url, close_storage
 from sweeps import search
 from sweeps.config import TrialConfig, Value
 from sweeps.edits import edits
-from sweeps.errors import SpecError, SweepError
+from sweeps.errors import SpecError, SweepError, first_line
 from sweeps.launch import plan_slots
 from sweeps.machine import Machine, Need, Slot, reason, this_machine
 from sweeps.objective import Objective, Sizes, dataset_identity, open_dataset
@@ -304,9 +304,8 @@ def device_named(name: str | None) -> torch.device:
             device = torch.device("cuda:0")  # `torch.cuda.set_device` wants the number
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise SweepError(
-            f"device {name!r} cannot be used ({reason}); accepted: 'cpu', or 'cuda:0' and so on "
-            "where PyTorch finds a GPU"
+            f"device {name!r} cannot be used ({first_line(error)}); accepted: 'cpu', or "
+            "'cuda:0' and so on where PyTorch finds a GPU"
         ) from None
     return device

@@ -36,7 +36,7 @@ from data.sources import load_dataset, outline
 from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
 from sweeps.config import TrialConfig, Value
-from sweeps.errors import SweepError
+from sweeps.errors import SweepError, first_line
 from sweeps.machine import Slot
 from sweeps.objective import Objective, dataset_identity, prepare_process
 from sweeps.planning.shapes import Shape
@@ -251,8 +251,7 @@ def main() -> None:
             sample = watch.sample(checkpoints)
             answer = {"sample": dataclasses.asdict(sample), "began": watch.called}
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            answer = {"error": reason}
+            answer = {"error": first_line(error)}
         print(json.dumps(answer), flush=True)
 
 
