@@ -52,7 +52,7 @@ MAX_EDGES = 4096
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A checked sweep. Make one with `load`, `from_table` or `from_dict`.
+    """A checked sweep. Make one with `sweeps.specfiles.load`, `from_table` or `from_dict`.
 
     Attributes:
         confirms: the sweep whose configurations this one trains again with other seeds, or "". The
@@ -120,7 +120,7 @@ class SweepSpec:
         }
 
     def as_toml(self) -> str:
-        """The spec as a file that `load` reads back; the name is the file's."""
+        """The spec as a file that `sweeps.specfiles.load` reads back; the name is the file's."""
         import tomli_w
 
         table = self.as_dict()

@@ -31,6 +31,7 @@ ALLOWED = {
     "sweeps.search": {
         "sweeps.config", "sweeps.errors", "sweeps.space", "sweeps.spec", "sweeps.pruning",
     },
+    "sweeps.planning.shapes": {"sweeps.config", "sweeps.errors", "sweeps.space", "sweeps.spec"},
     "sweeps.pruning": {"sweeps.config", "sweeps.attributes"},
     "sweeps.attributes": set(),
 }  # fmt: skip
