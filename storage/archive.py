@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.archive_rows import ArchiveError, StudyRows, parse_study
+from storage.archive_checks import parse_study
+from storage.archive_rows import ArchiveError, StudyRows
 from storage.checkpoints import CheckpointError, CheckpointStore
 
 FORMAT = "sweep archive"

@@ -1,7 +1,29 @@
-"""Attributes of a trial that a worker writes and a pruner reads; `sweeps.status` has the others."""
+"""Attributes of a trial: what its worker writes there, pruners and views read.
+
+`sweeps.carrying`, `sweeps.merging` and `storage` have those that are theirs alone.
+"""
 
 OUTCOME = "outcome"
-"""User attribute: how it ended."""
+"""User attribute: how it ended, one of `sweeps.status.OUTCOMES`."""
+
+REASON = "reason"
+"""User attribute: why it diverged or failed, in a line."""
+
+SECONDS = "seconds"
+"""User attribute: time that its finished attempt took."""
+
+LABEL = "label"
+"""User attribute: which `[[try]]` it is, or which run of a confirmation."""
 
 CURVES = "sweep:curves"
 """System attribute: what was measured, by name, one number for each epoch."""
+
+PROVENANCE = "sweep:provenance"
+"""System attribute: where and with what it ran, by name."""
+
+FAILURES = "sweep:failures"
+"""System attribute: how often it raised an error."""
+
+PROGRESS = "sweep:progress"
+"""System attribute: the furthest epoch at which an attempt began (`step`), and the deaths of its
+workers up to then (`deaths`), which do not count any more."""

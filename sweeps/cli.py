@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sweeps.errors import SpecError, SweepError
+from sweeps.errors import SpecError, SweepError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,7 +243,7 @@ def plan(
     began = time.perf_counter()
     spec = _load(sweep, storage_url, quick, overrides, name)
     with _stderr().status("loading PyTorch and Optuna"):
-        from sweeps.plan import plan_lines, plan_table
+        from sweeps.planning.words import plan_lines, plan_table
         from sweeps.preflight import plan_sweep
         from sweeps.progress import print_line
 
@@ -385,12 +385,12 @@ def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None
     from rich.table import Table
     from rich.text import Text
 
-    from sweeps import spec
+    from sweeps import specfiles
     from sweeps.studies import shown_url, store_to_read, stored_names
 
     presets = {}
-    for preset in spec.presets():
-        presets[preset] = str(spec.read_table(preset)[0].get("question", ""))
+    for preset in specfiles.presets():
+        presets[preset] = str(specfiles.read_table(preset)[0].get("question", ""))
     store = store_to_read(storage_url)
     stored = stored_names(store) if store else []
     if as_json:
@@ -424,7 +424,7 @@ def show(
     Unchanged, a preset or a file is shown as it is written, comments included; with `--quick`,
     `--set` or `extends`, what comes of it.
     """
-    from sweeps.spec import written_alone
+    from sweeps.specfiles import written_alone
 
     spec = _load(sweep, storage_url, quick, overrides, name)
     if as_json:
@@ -599,7 +599,7 @@ def main() -> None:
         if names & {"StorageError", "DataError", "CheckpointError"}:
             _fail(error, 1)
         if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
-            _fail(f"the database failed: {str(error).splitlines()[0]}", 1)
+            _fail(f"the database failed: {first_line(error)}", 1)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -638,15 +638,15 @@ def _load(
 
     What is stored has taken its `--quick` into its settings, and has none any more.
     """
-    from sweeps import spec
+    from sweeps import specfiles
     from sweeps.studies import store_to_read, stored_names, stored_sweep
 
-    if not sweep.endswith(".toml") and sweep not in spec.presets():
+    if not sweep.endswith(".toml") and sweep not in specfiles.presets():
         store = store_to_read(storage_url)
         if store and sweep in stored_names(store) and not quick:
             kept = stored_sweep(store, sweep).spec
-            return spec.changed(kept, overrides or (), name) if overrides or name else kept
-    return spec.load(sweep, quick=quick, overrides=overrides or (), rename=name)
+            return specfiles.changed(kept, overrides or (), name) if overrides or name else kept
+    return specfiles.load(sweep, quick=quick, overrides=overrides or (), rename=name)
 
 
 def _stop_with_parent(stop: StopRequest) -> None:

@@ -407,6 +407,22 @@ class TrialConfig:
         return {f.name: f.metadata["setting"] for f in dataclasses.fields(cls)}
 
     @classmethod
+    def setting(cls, name: str, where: str) -> Setting:
+        """The `Setting` of one field.
+
+        Args:
+            name: of the field.
+            where: what to call the place it stands in.
+
+        Raises:
+            SpecError: if there is no such field.
+        """
+        settings = cls.settings()
+        if name not in settings:
+            raise SpecError(f"{where} has no key {name!r}; {nearest(name, settings)}")
+        return settings[name]
+
+    @classmethod
     def build(cls, values: Mapping[str, object], *, where: str = "[train]") -> TrialConfig:
         """Check `values` one by one and together, and make a config of them.
 

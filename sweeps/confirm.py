@@ -27,6 +27,7 @@ from storage.engine import check_url, close_storage, exclusive, open_storage
 from storage.overview import OverviewReader
 from storage.retries import patience, with_retries
 from storage.trials import enqueue
+from sweeps.attributes import LABEL
 from sweeps.config import Value
 from sweeps.confirmation import SEED, Configuration, configuration_of, read_answer
 from sweeps.edits import Edit, decisive_changes
@@ -42,10 +43,10 @@ from sweeps.run import (
     print_edits,
     run_to_end,
 )
-from sweeps.spec import CONFIRMATION, Range, SweepSpec
+from sweeps.space import Range
+from sweeps.spec import CONFIRMATION, SweepSpec
 from sweeps.status import StudyStatus, SweepStatus, TrialStatus, read_status
 from sweeps.studies import (
-    LABEL,
     SPEC,
     StoredSweep,
     check_fingerprint,

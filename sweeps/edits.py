@@ -7,12 +7,13 @@ of the sweep may: its budget, its known configurations, where it searches and ho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from sweeps.config import written
 from sweeps.errors import SpecError
-from sweeps.spec import SweepSpec, differences
+from sweeps.spec import TEXTS, SweepSpec, cell_name
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,6 @@ class Edit:
     def __str__(self) -> str:
         return f"{self.key}: {_shown(self.before)} → {_shown(self.after)} ({self.meaning})"
 
-
-_TEXTS = ("title", "question", "source")
 
 _MEANINGS = {
     "budget.trials": "trials of each study from now on",
@@ -72,12 +71,22 @@ def decisive_changes(stored: SweepSpec, wanted: SweepSpec) -> dict[str, tuple[An
     return _compare(stored, wanted)[1]
 
 
+def differences(stored: SweepSpec, wanted: SweepSpec) -> dict[str, tuple[Any, Any]]:
+    """What differs between two specs, as dotted key → (stored value, wanted value)."""
+    before, after = (dict(_flatten(spec.as_dict())) for spec in (stored, wanted))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in [*before, *(k for k in after if k not in before)]
+        if before.get(key) != after.get(key)
+    }
+
+
 def _compare(stored: SweepSpec, wanted: SweepSpec) -> tuple[list[Edit], dict[str, tuple[Any, Any]]]:
     found: list[Edit] = []
     refused: dict[str, tuple[Any, Any]] = {}
     for key, (before, after) in differences(stored, wanted).items():
         section = key.partition(".")[0]
-        if key in _TEXTS or key == "try" or section == "search":
+        if key in TEXTS or key == "try" or section == "search":
             continue
         if key in _MEANINGS:
             found.append(Edit(key, before, after, _MEANINGS[key]))
@@ -129,7 +138,7 @@ def _try_edits(
     for cell in stored.cells if stored.cells == wanted.cells else ():
         before = {t.label: t.params for t in stored.tries if t.applies_to(cell)}
         after = {t.label: t.params for t in wanted.tries if t.applies_to(cell)}
-        where = ",".join(f"{name}={value}" for name, value in cell.items())
+        where = cell_name(cell)
         for label in {**before, **after}:
             key = f"[[try]] {label}" + (f" of {where}" if where else "")
             if label not in before:
@@ -139,6 +148,14 @@ def _try_edits(
             elif before[label] != after[label]:
                 refused[key] = (before[label], after[label])
     return found
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
 
 
 def _shown(value: Any) -> str:

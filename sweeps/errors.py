@@ -38,6 +38,11 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     return f"{meant}accepted: {', '.join(names)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
+
+
 def plural(count: int, one: str, many: str | None = None) -> str:
     """A number and what it counts, such as `1 study` or `2 studies`."""
     return f"{count} {one if count == 1 else many or one + 's'}"

@@ -16,11 +16,11 @@ from storage.archive_rows import StudyRows, TrialRows, renumbered
 from storage.checkpoints import CheckpointStore
 from storage.leases import LEASE_ATTR
 from storage.trial_table import FIXED
-from sweeps.attributes import OUTCOME
+from sweeps.attributes import LABEL, OUTCOME
 from sweeps.errors import plural
 from sweeps.limits import SESSION, STOPS, is_span
 from sweeps.spec import SweepSpec
-from sweeps.studies import ADDED, LABEL, SPEC
+from sweeps.studies import ADDED, SPEC
 
 MERGED_FROM = "sweep:merged_from"
 """Trial system attribute: the numbers that the trial had in the stores that it comes from."""

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import DeviceBatches, channel_statistics, normalise, updates_per_epoch
-from data.sources import Dataset, load_dataset, split_train
+from data.dataset import Dataset
+from data.holdout import split_train
+from data.sources import load_dataset
 from data.splits import split_devices
 from models import build_model, classifier_parameters, parameter_groups, stacked_forward
 from storage.checkpoints import CheckpointStore

@@ -3,8 +3,8 @@
 A small network leaves most of a GPU idle, so that several trials side by side take hardly longer
 than one; from some number on they are only in each other's way. Where that is depends on network,
 batch and GPU, and is measured: one worker a GPU, two, four and so on, for some seconds each, with
-the trials that `sweep plan` measures with (`sweeps.sampling`). What was measured is kept, so that
-the next start finds it.
+the trials that `sweep plan` measures with (`sweeps.planning.sampling`). What was measured is kept,
+so that the next start finds it.
 
 Memory sets the bound: the peak of the largest trial that was measured alone, with some slack, and
 what each process takes beside its tensors (`sweeps.machine`).
@@ -30,10 +30,11 @@ from sweeps.machine import (
     throughputs,
     with_gpu_memory,
 )
-from sweeps.sampling import Sample, Samplers, keep_sample, kept_sample
+from sweeps.planning.sampling import Samplers
+from sweeps.planning.speeds import Sample, keep_sample, kept_sample
 
 if TYPE_CHECKING:
-    from sweeps.plan import Plan
+    from sweeps.planning.plan import Plan
 
 WORTH = 1.05
 """Twice as many workers have to bring this much more than half as many did to be tried further."""

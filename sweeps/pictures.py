@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeps.errors import SweepError
+from sweeps.errors import SweepError, first_line
 
 if TYPE_CHECKING:
     from sweeps.figures import Figure
@@ -77,10 +77,9 @@ def write_pictures(figures: Sequence[Figure], folder: Path, formats: Sequence[st
             kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
         except Exception as error:
             # Whatever the browser says of itself, in classes of three libraries.
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SweepError(
-                f"the browser could not draw the figures ({said}); the page and its tables are "
-                "written"
+                f"the browser could not draw the figures ({first_line(error)}); the page and its "
+                "tables are written"
             ) from error
         for name in names:
             (Path(temporary) / name).replace(folder / name)

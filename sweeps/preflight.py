@@ -17,21 +17,25 @@ import torch
 from rich.console import Console
 
 from storage.engine import StorageError, check_url, close_storage
-from sweeps import plan, search
+from sweeps import search
 from sweeps.config import TrialConfig, Value
 from sweeps.edits import edits
-from sweeps.errors import SpecError, SweepError
+from sweeps.errors import SpecError, SweepError, first_line
 from sweeps.launch import plan_slots
 from sweeps.machine import Machine, Need, Slot, reason, this_machine
 from sweeps.objective import Objective, Sizes, dataset_identity, open_dataset
 from sweeps.packing import packed
+from sweeps.planning.measuring import glanced, measured, recalled
+from sweeps.planning.plan import Plan, count, outlines
+from sweeps.planning.sampling import sampling_dataset
+from sweeps.planning.shapes import shapes
+from sweeps.planning.words import DAY, plan_line
 from sweeps.progress import print_line
-from sweeps.sampling import sampling_dataset, shapes
 from sweeps.spec import SweepSpec
 from sweeps.studies import store_to_read, stored_names, stored_sweep
 
 if TYPE_CHECKING:
-    from data.sources import Dataset
+    from data.dataset import Dataset
 
 # Settings that the splits or the models may refuse.
 STRUCTURAL = (
@@ -131,7 +135,7 @@ def plan_sweep(
     seconds: float,
     began: float,
     err: Console,
-) -> plan.Plan:
+) -> Plan:
     """Say what a sweep, or what is left of it, comes to; it is not started, and no store is made.
 
     Args:
@@ -160,7 +164,7 @@ def plan_sweep(
         machine = dataclasses.replace(machine, gpus=gpus)
 
     with err.status("looking at the data") as shown:
-        data = plan.outlines(spec, data_dir)
+        data = outlines(spec, data_dir)
         checked = check_data(
             spec, lambda config: sampling_dataset(config, data_dir), cuda=bool(machine.gpus)
         )
@@ -179,23 +183,23 @@ def plan_sweep(
                     for slot in found
                 ]
 
-            planned = plan.count(spec, checked.sizes, store, slots=slots, data=data, need=need)
+            planned = count(spec, checked.sizes, store, slots=slots, data=data, need=need)
         finally:
             if store is not None:
                 close_storage(store, storage_url)
-        planned = plan.measured(planned, data_dir, seconds, began=began, say=shown.update)
+        planned = measured(planned, data_dir, seconds, began=began, say=shown.update)
         if workers is None:
             planned = _automatic(planned, machine, each, data_dir, shown.update)
         return planned
 
 
 def _automatic(
-    found: plan.Plan,
+    found: Plan,
     machine: Machine,
     threads: int,
     data_dir: Path | None,
     say: Callable[[str], None],
-) -> plan.Plan:
+) -> Plan:
     """Choose the number of workers, as far as it is not a matter of cores, and say why it is so."""
     trials = sum(study.trials_left for study in found.studies)
     if machine.gpus:
@@ -218,7 +222,7 @@ def estimate(
     add_trials: int,
     machine: Machine,
     err: Console,
-) -> plan.Plan | None:
+) -> Plan | None:
     """What the run will take, by what is known of this machine's speed, or by a glance at it.
 
     A GPU is looked at only where somebody may be asked, or the number of workers is to be found:
@@ -240,7 +244,7 @@ def estimate(
     except StorageError:
         return None  # which opening it to write explains better
     try:
-        found = plan.count(
+        found = count(
             spec,
             checked.sizes,
             store,
@@ -251,10 +255,10 @@ def estimate(
     finally:
         if store is not None:
             close_storage(store, storage_url)
-    found = plan.recalled(found)
+    found = recalled(found)
     if not found.known:
         if found.slots[0].device == "cpu":
-            found = plan.glanced(
+            found = glanced(
                 found,
                 lambda config: checked.datasets[dataset_identity(config)],
                 GLANCE_SECONDS,
@@ -262,22 +266,20 @@ def estimate(
             )
         elif asked or workers is None:
             with err.status("measuring") as shown:
-                found = plan.measured(
-                    found, data_dir, GLANCE_SECONDS, began=began, say=shown.update
-                )
+                found = measured(found, data_dir, GLANCE_SECONDS, began=began, say=shown.update)
     if workers is None and found.slots[0].device != "cpu":
         with err.status("measuring") as shown:
             found = _automatic(found, machine, spec.workers.threads, data_dir, shown.update)
     return found if found.known else None
 
 
-def agreed(found: plan.Plan, err: Console) -> bool:
+def agreed(found: Plan, err: Console) -> bool:
     """Ask before a long run, where there is somebody to ask."""
-    if found.seconds(pruning=True) <= plan.DAY:
+    if found.seconds(pruning=True) <= DAY:
         return True
     if not (err.is_terminal and sys.stdin.isatty()):
         return True
-    print_line(err, found.line())
+    print_line(err, plan_line(found))
     err.print("start it? [y/N] ", end="", highlight=False, markup=False)
     try:
         answer = input()
@@ -302,9 +304,8 @@ def device_named(name: str | None) -> torch.device:
             device = torch.device("cuda:0")  # `torch.cuda.set_device` wants the number
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise SweepError(
-            f"device {name!r} cannot be used ({reason}); accepted: 'cpu', or 'cuda:0' and so on "
-            "where PyTorch finds a GPU"
+            f"device {name!r} cannot be used ({first_line(error)}); accepted: 'cpu', or "
+            "'cuda:0' and so on where PyTorch finds a GPU"
         ) from None
     return device

@@ -12,7 +12,7 @@ from typing import Any
 
 from sweeps.config import Setting, TrialConfig, written
 from sweeps.search import PRUNERS, SAMPLERS
-from sweeps.spec import Budget, WorkerShare
+from sweeps.sections import Budget, WorkerShare
 
 HEAD = """\
 # The keys of a sweep's file

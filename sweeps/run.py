@@ -30,7 +30,7 @@ from storage.engine import (
 )
 from storage.retries import StopRequestedError, is_transient, patience, reason, with_retries
 from storage.trials import TrialQueue
-from sweeps import plan, search
+from sweeps import search
 from sweeps.confirmation import read_answer
 from sweeps.edits import Edit
 from sweeps.errors import SweepError, plural
@@ -40,6 +40,9 @@ from sweeps.machine import Need, Slot
 from sweeps.objective import (
     prepare_process,
 )
+from sweeps.planning.plan import Plan
+from sweeps.planning.speeds import keep_speeds
+from sweeps.planning.words import plan_line
 from sweeps.preflight import agreed, device_named, estimate, load_data
 from sweeps.progress import open_view, print_line
 from sweeps.report import answer_table, disk_line, outcome_lines
@@ -147,7 +150,7 @@ def run_to_end(
     workers: int | None,
     place: Place,
     need: Need,
-    found: plan.Plan | None = None,
+    found: Plan | None = None,
     err: Console,
 ) -> tuple[int, SweepStatus | None]:
     """Run workers until a sweep that is in the store is done.
@@ -182,7 +185,7 @@ def run_to_end(
     slots = place.plan(workers, spec.workers.threads, left, need)
     print_line(err, _opening(status, storage_url, len(slots)))
     if found is not None and not status.done:
-        print_line(err, found.line())
+        print_line(err, plan_line(found))
     code = 0
     if not status.done:
         try:
@@ -193,9 +196,7 @@ def run_to_end(
             print_line(err, f"sweep: {stopping}; what runs goes on at the next start")
             return 130, None
     if found is not None:
-        with_retries(
-            lambda: plan.keep_speeds(watcher, stored_sweep(watcher, spec.name), slots, began)
-        )
+        with_retries(lambda: keep_speeds(watcher, stored_sweep(watcher, spec.name), slots, began))
     status = with_retries(lambda: read_answer(watcher, stored_sweep(watcher, spec.name)))
     close_storage(watcher, storage_url)
     if status.done:

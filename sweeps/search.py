@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import TrialConfig, Value
-from sweeps.errors import SpecError, nearest
-from sweeps.spec import Range, SweepSpec
+from sweeps.errors import SpecError, first_line, nearest
+from sweeps.space import Range
+from sweeps.spec import SweepSpec
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -207,10 +208,9 @@ def check(spec: SweepSpec) -> None:
             trial.should_prune()
             study.tell(trial, 0.5)
     except Exception as error:
-        reason = str(error).splitlines()[0]
         raise SpecError(
             f"[sampler] {spec.sampler['type']} or [pruner] {spec.pruner['type']} fails with its "
-            f"arguments: {reason}"
+            f"arguments: {first_line(error)}"
         ) from error
 
 
@@ -227,5 +227,4 @@ def _build(
     try:
         return constructor(**arguments)
     except (ImportError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise SpecError(f"[{section}] {kind} refuses its arguments: {reason}") from error
+        raise SpecError(f"[{section}] {kind} refuses its arguments: {first_line(error)}") from error

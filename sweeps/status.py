@@ -7,25 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeps.attributes import CURVES, OUTCOME
+from sweeps.attributes import CURVES, LABEL, OUTCOME, REASON, SECONDS
 from sweeps.carrying import CARRIED
 from sweeps.config import Value
 from sweeps.limits import spent, stops
 from sweeps.spec import SweepSpec
-from sweeps.studies import LABEL, StoredSweep, SweepStudy, stored_sweep
+from sweeps.studies import StoredSweep, SweepStudy, stored_sweep
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from storage.overview import OverviewReader, TrialOverview
     from sweeps.confirmation import Confirmation
-
-REASON = "reason"
-SECONDS = "seconds"
-PROVENANCE = "sweep:provenance"
-FAILURES = "sweep:failures"
-PROGRESS = "sweep:progress"
-"""Deaths of a trial's workers up to the epoch where its latest attempt began."""
 
 OUTCOMES = ("complete", "pruned", "diverged", "failed")
 """How a trial can end. Optuna knows a diverged trial as PRUNED, so that the sampler learns

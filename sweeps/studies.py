@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sweeps.attributes import LABEL
 from sweeps.config import Value, written
 from sweeps.edits import Edit, edits
 from sweeps.errors import SpecError, SweepError, nearest
-from sweeps.spec import SweepSpec, Try
+from sweeps.sections import Try
+from sweeps.spec import SweepSpec
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -22,7 +24,6 @@ CELL = "cell"
 POSITION = "position"
 FINGERPRINT = "data_fingerprint"
 READY = "ready"
-LABEL = "label"
 NOTE_VERSION = "dashboard:note_ver"
 NOTE_TEXT = "dashboard:note_str:"
 NOTE_PART = 2045

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage import archive
 from storage.archive import CheckpointPlacement
-from storage.archive_rows import ArchiveError, StudyRows, StudyTables, TrialRows
+from storage.archive_rows import ArchiveError, StudyRows, TrialRows
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 from storage.engine import (
     READ_ONLY_OPTION,
@@ -37,9 +37,19 @@ from storage.engine import (
 )
 from storage.leases import LEASE_ATTR, count, parse_lease, released
 from storage.retries import with_retries
+from storage.study_tables import StudyTables
 from storage.trial_table import FIXED
 from storage.trials import TrialQueue
-from sweeps.attributes import CURVES, OUTCOME
+from sweeps.attributes import (
+    CURVES,
+    FAILURES,
+    LABEL,
+    OUTCOME,
+    PROGRESS,
+    PROVENANCE,
+    REASON,
+    SECONDS,
+)
 from sweeps.carrying import CARRIED
 from sweeps.edits import decisive_changes
 from sweeps.errors import SpecError, SweepError, plural
@@ -52,19 +62,11 @@ from sweeps.merging import (
     summary,
 )
 from sweeps.spec import SweepSpec, confirmed_by
-from sweeps.status import (
-    FAILURES,
-    OUTCOMES,
-    PROGRESS,
-    PROVENANCE,
-    REASON,
-    SECONDS,
-)
+from sweeps.status import OUTCOMES
 from sweeps.studies import (
     ADDED,
     CELL,
     FINGERPRINT,
-    LABEL,
     POSITION,
     READY,
     SPEC,

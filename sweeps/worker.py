@@ -28,19 +28,27 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from data.sources import DataError
+from data.errors import DataError
 from storage.checkpoints import CheckpointError, CheckpointStore
 from storage.retries import StopRequestedError, is_transient, with_retries
 from storage.trials import Claim, LeaseLostError, TrialQueue
 from sweeps import carrying, search
-from sweeps.attributes import CURVES, OUTCOME
+from sweeps.attributes import (
+    CURVES,
+    FAILURES,
+    LABEL,
+    OUTCOME,
+    PROGRESS,
+    PROVENANCE,
+    REASON,
+    SECONDS,
+)
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError
 from sweeps.launch import NO_ROOM
 from sweeps.limits import Session, spent, stops, stops_in
 from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
-from sweeps.status import FAILURES, PROGRESS, PROVENANCE, REASON, SECONDS
-from sweeps.studies import LABEL, StoredSweep, SweepStudy, check_fingerprint, stored_sweep
+from sweeps.studies import StoredSweep, SweepStudy, check_fingerprint, stored_sweep
 from sweeps.training.loop import Diverged, Interrupted
 
 if TYPE_CHECKING:

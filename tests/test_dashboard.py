@@ -22,10 +22,10 @@ from test_report import add, findings, known_spec, known_sweep, many_trials
 from storage.engine import open_storage
 from storage.leases import LEASE_ATTR
 from sweeps import dashboard
+from sweeps.attributes import LABEL
 from sweeps.dashboard import keep_figures, make_dashboard
 from sweeps.errors import SweepError
 from sweeps.figures import make_figures
-from sweeps.status import LABEL
 from sweeps.studies import create_or_resume
 
 SHOWN = ["sweep-best", "sweep-curves", "sweep-map", "sweep-savings"]

@@ -14,7 +14,7 @@ from helpers import Command, run, write_spec
 from PIL import Image
 
 from models import build_model
-from sweeps import reference, search, spec
+from sweeps import reference, search, specfiles
 from sweeps.cli import app
 from sweeps.objective import Objective, open_dataset
 
@@ -167,7 +167,7 @@ def test_the_network_of_ones_own_is_one(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "my_networks.py").write_text(code, encoding="utf-8")
     (tmp_path / "own.toml").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    made = spec.load(str(tmp_path / "own.toml"))
+    made = specfiles.load(str(tmp_path / "own.toml"))
     config = made.config({}, made.lowest_params())
     model = build_model(
         config.model, norm=config.norm, num_groups=config.num_groups, num_classes=10, seed=0
@@ -214,7 +214,7 @@ def test_every_command_is_in_the_readme() -> None:
 def test_the_example_of_a_sweep_is_sound(tmp_path: Path, text: str) -> None:
     (text,) = blocks("toml", text)
     (tmp_path / "my-sweep.toml").write_text(text, encoding="utf-8")
-    made = spec.load(str(tmp_path / "my-sweep.toml"))
+    made = specfiles.load(str(tmp_path / "my-sweep.toml"))
     search.check(made)
     for cell in made.cells:
         config = made.config(cell, made.lowest_params())
@@ -241,4 +241,4 @@ def test_every_override_of_the_readme_works_on_its_preset() -> None:
     overrides = [shlex.split(text)[0] for text in re.findall(r"`--set ([^`]+)`", README)]
     assert len(overrides) >= 3
     for override in overrides:
-        spec.load("fixup-largebatch", overrides=[override])
+        specfiles.load("fixup-largebatch", overrides=[override])

@@ -24,11 +24,17 @@ ALLOWED = {
     "sweeps.training": {"sweeps.training"},
     "sweeps.errors": set(),
     "sweeps.config": {"sweeps.errors"},
-    "sweeps.spec": {"sweeps.config", "sweeps.errors"},
-    "sweeps.search": {"sweeps.config", "sweeps.errors", "sweeps.spec", "sweeps.pruning"},
+    "sweeps.space": {"sweeps.config", "sweeps.errors"},
+    "sweeps.sections": {"sweeps.config", "sweeps.errors", "sweeps.space"},
+    "sweeps.spec": {"sweeps.config", "sweeps.errors", "sweeps.space", "sweeps.sections"},
+    "sweeps.specfiles": {"sweeps.config", "sweeps.errors", "sweeps.sections", "sweeps.spec"},
+    "sweeps.search": {
+        "sweeps.config", "sweeps.errors", "sweeps.space", "sweeps.spec", "sweeps.pruning",
+    },
+    "sweeps.planning.shapes": {"sweeps.config", "sweeps.errors", "sweeps.space", "sweeps.spec"},
     "sweeps.pruning": {"sweeps.config", "sweeps.attributes"},
     "sweeps.attributes": set(),
-}
+}  # fmt: skip
 
 
 def first_party_imports(path: Path) -> set[str]:

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from models import build_model, classifier_parameters, parameter_groups
 from storage.checkpoints import CheckpointStore
-from sweeps import config, objective, search, spec
+from sweeps import config, objective, search, specfiles
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
 from sweeps.figures import make_figures
@@ -577,7 +577,7 @@ def test_a_sweep_over_true_and_false_runs_and_is_reported(tmp_path: Path) -> Non
 def test_true_and_false_can_be_set(text: str, wanted: bool, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(make_spec("mine").as_toml(), encoding="utf-8")
-    assert spec.load(str(path), overrides=[text]).train["nesterov"] is wanted
+    assert specfiles.load(str(path), overrides=[text]).train["nesterov"] is wanted
 
 
 @pytest.mark.parametrize(

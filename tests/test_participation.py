@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.sources import Dataset, load_dataset
+from data.dataset import Dataset
+from data.sources import load_dataset
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig
 from sweeps.objective import Objective, Progress

@@ -20,26 +20,25 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from data.sources import DataError, load_dataset, made_dataset, outline
+from data.dataset import made_dataset
+from data.errors import DataError
+from data.sources import load_dataset, outline
 from storage.trials import TrialQueue
-from sweeps import search
-from sweeps import spec as specs
+from sweeps import search, specfiles
 from sweeps.attributes import CURVES, OUTCOME
 from sweeps.confirm import enqueue_runs
 from sweeps.errors import SpecError, SweepError
 from sweeps.machine import Slot
 from sweeps.objective import Objective, Sizes
-from sweeps.plan import DAY, Plan, count, epoch_share, plan_lines, plan_table, spoken, unmeasured
+from sweeps.planning.measuring import unmeasured
+from sweeps.planning.plan import Plan, count
+from sweeps.planning.sampling import throwaway_folder
+from sweeps.planning.shapes import key_of, shapes
+from sweeps.planning.share import epoch_share
+from sweeps.planning.speeds import Sample, keep_sample, kept_sample
+from sweeps.planning.stopwatch import measure_here
+from sweeps.planning.words import DAY, plan_line, plan_lines, plan_table, spoken
 from sweeps.preflight import device_named
-from sweeps.sampling import (
-    Sample,
-    _throwaway_folder,
-    keep_sample,
-    kept_sample,
-    key_of,
-    measure_here,
-    shapes,
-)
 from sweeps.spec import SweepSpec
 from sweeps.studies import stored_sweep
 
@@ -174,7 +173,7 @@ def test_a_study_that_is_done_needs_no_measurement() -> None:
     assert "–" in shown.get()
     none = dataclasses.replace(one, studies=[group], samples={})
     assert none.as_dict()["seconds"] == 0
-    assert none.line() == "nothing is left to run"
+    assert plan_line(none) == "nothing is left to run"
 
 
 def test_a_huge_budget_is_counted_without_being_listed() -> None:
@@ -203,7 +202,7 @@ def test_the_pruner_is_expected_to_save_what_it_may() -> None:
     # Trials 0 (known) and 1 run to their end whatever the others do.
     assert found.seconds(pruning=True) == pytest.approx(6 + 2 * 40 + 4 * 40 * share + 5)
     assert found.seconds(pruning=False) == 6 * 41 + 5
-    assert "saved by pruning" in found.line()
+    assert "saved by pruning" in plan_line(found)
     assert epoch_share(make_spec(), None, None).value == 1
 
 
@@ -244,8 +243,8 @@ def test_searched_settings_that_change_the_speed_are_shapes_of_their_own() -> No
 
 
 def test_every_presets_shapes_can_be_listed() -> None:
-    for name in specs.presets():
-        spec = specs.load(name)
+    for name in specfiles.presets():
+        spec = specfiles.load(name)
         for cell in spec.cells:
             assert sum(weight for weight, _ in shapes(spec, cell)) == pytest.approx(1)
 
@@ -348,7 +347,7 @@ def test_what_a_killed_plan_has_left_is_swept_away(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "sweep.db").touch()
     os.utime(old, (0, 0))
-    with _throwaway_folder() as folder:
+    with throwaway_folder() as folder:
         assert Path(folder).parent == tmp_path / "cache"
         assert not old.exists()
         assert new.exists()

@@ -22,16 +22,15 @@ from storage.checkpoints import CheckpointStore
 from storage.leases import LEASE_ATTR
 from sweeps.errors import SweepError
 from sweeps.launch import open_place
-from sweeps.ray_cluster import (
+from sweeps.ray_cluster import capacity, parse_address
+from sweeps.ray_nodes import (
     NodeFacts,
-    capacity,
     check_address,
     check_nodes,
     check_sqlite_nodes,
     differences,
     folder_identity,
     installed,
-    parse_address,
 )
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -25,15 +25,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import sources
-from data.sources import DataError, Dataset, load_dataset, split_train
+from data import folders
+from data.dataset import Dataset
+from data.errors import DataError
+from data.holdout import split_train
+from data.sources import load_dataset
 
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
-    monkeypatch.setenv(sources.CACHE_DIR_VARIABLE, str(folder))
-    monkeypatch.setenv(sources.DATA_DIR_VARIABLE, str(folder))
+    monkeypatch.setenv(folders.CACHE_DIR_VARIABLE, str(folder))
+    monkeypatch.setenv(folders.DATA_DIR_VARIABLE, str(folder))
     return folder
 
 
@@ -251,7 +254,7 @@ def test_the_second_time_nothing_is_decoded(
 ) -> None:
     first = load_images(tree)
     assert len(cache_files(cache_dir)) == 1
-    monkeypatch.delattr(sources, "_decode_image")
+    monkeypatch.delattr("data.images._decode_image")
     lines: list[str] = []
     second = load_images(tree, progress=lines.append)
     assert_equal(second, first)
@@ -348,14 +351,14 @@ def test_of_four_processes_one_decodes(tree: Path, cache_dir: Path) -> None:
 
 
 def test_default_folders(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
-    monkeypatch.delenv(sources.DATA_DIR_VARIABLE)
-    assert sources.cache_dir() == cache_dir
-    assert sources.default_data_dir() == cache_dir / "datasets"
-    monkeypatch.setenv(sources.DATA_DIR_VARIABLE, "/elsewhere")
-    assert sources.default_data_dir() == Path("/elsewhere")
-    assert sources.cache_dir() == cache_dir
-    monkeypatch.delenv(sources.CACHE_DIR_VARIABLE)
-    default = sources.cache_dir()
+    monkeypatch.delenv(folders.DATA_DIR_VARIABLE)
+    assert folders.cache_dir() == cache_dir
+    assert folders.default_data_dir() == cache_dir / "datasets"
+    monkeypatch.setenv(folders.DATA_DIR_VARIABLE, "/elsewhere")
+    assert folders.default_data_dir() == Path("/elsewhere")
+    assert folders.cache_dir() == cache_dir
+    monkeypatch.delenv(folders.CACHE_DIR_VARIABLE)
+    default = folders.cache_dir()
     assert default.is_absolute()
     assert "sweep" in default.parts
 
@@ -533,7 +536,7 @@ def test_no_network_is_explained(
 def test_a_network_that_swallows_packets_is_given_up_on(
     server: Server, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("data.cifar._DOWNLOAD_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/cifar.tar.gz"
         monkeypatch.setattr(server.loader, "url", url)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import data.sources
 import data.splits
 import models
-from sweeps import config, spec
+from sweeps import config, edits, specfiles
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
+from sweeps.space import Range
 from sweeps.spec import SweepSpec
 
 SMALL: dict[str, Any] = {
@@ -59,10 +60,10 @@ def test_every_setting_is_described_and_accepts_its_default() -> None:
         assert setting.check(name, getattr(TrialConfig(), name)) == getattr(TrialConfig(), name)
 
 
-@pytest.mark.parametrize("name", spec.presets())
+@pytest.mark.parametrize("name", specfiles.presets())
 @pytest.mark.parametrize("quick", [False, True])
 def test_presets_are_sound(name: str, quick: bool) -> None:
-    loaded = spec.load(name, quick=quick)
+    loaded = specfiles.load(name, quick=quick)
     assert loaded.title
     assert loaded.question.endswith("?")
     assert loaded.source
@@ -71,7 +72,7 @@ def test_presets_are_sound(name: str, quick: bool) -> None:
 
 def test_largebatch_presets_search_what_the_experiments_vary() -> None:
     for name in ("fixup-largebatch", "groupnorm-largebatch"):
-        loaded = spec.load(name)
+        loaded = specfiles.load(name)
         assert [cell["global_batch_size"] for cell in loaded.cells] == [128, 1024, 2048]
         assert set(loaded.search) == {
             "peak_lr", "warmup_start_factor", "warmup_epochs", "clip_grad_norm",
@@ -206,12 +207,12 @@ def test_a_contradiction_within_the_space_is_found() -> None:
 def test_a_mistake_in_quick_shows_without_quick(tmp_path: Path) -> None:
     table = {**SMALL, "quick": {"train": {"epcohs": 3}}}
     with pytest.raises(SpecError, match="did you mean 'epochs'"):
-        spec.load(write(tmp_path / "mine.toml", table))
+        specfiles.load(write(tmp_path / "mine.toml", table))
 
 
 def test_overrides_reach_any_key(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", SMALL)
-    made = spec.load(
+    made = specfiles.load(
         path,
         overrides=[
             "epochs=7", "norm=fixup", "trials=9", "each.global_batch_size=[80]",
@@ -232,7 +233,7 @@ def test_overrides_reach_any_key(tmp_path: Path) -> None:
 
 def test_a_whole_section_may_be_overridden(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", SMALL)
-    made = spec.load(
+    made = specfiles.load(
         path, overrides=["try=[]", "each={ norm = ['group'] }", "train={ epochs = 8 }"]
     )
     assert study_names(made) == ["mine/norm=group"]
@@ -242,8 +243,8 @@ def test_a_whole_section_may_be_overridden(tmp_path: Path) -> None:
 
 def test_enumerating_less_drops_the_tries_of_what_is_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", SMALL)
-    assert spec.load(path, overrides=["each.global_batch_size=[320]"]).tries == ()
-    assert len(spec.load(path, overrides=["each.global_batch_size=[80]"]).tries) == 1
+    assert specfiles.load(path, overrides=["each.global_batch_size=[320]"]).tries == ()
+    assert len(specfiles.load(path, overrides=["each.global_batch_size=[80]"]).tries) == 1
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_enumerating_less_drops_the_tries_of_what_is_left_out(tmp_path: Path) ->
 )
 def test_a_wrong_override_is_explained(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(SpecError, match=None) as caught:
-        spec.load(write(tmp_path / "mine.toml", SMALL), overrides=[text])
+        specfiles.load(write(tmp_path / "mine.toml", SMALL), overrides=[text])
     assert said in str(caught.value)
 
 
@@ -276,7 +277,7 @@ def test_quick_overrides_and_renames(tmp_path: Path) -> None:
         },
     }
     path = write(tmp_path / "mine.toml", table)
-    full, quick = spec.load(path), spec.load(path, quick=True)
+    full, quick = specfiles.load(path), specfiles.load(path, quick=True)
     assert (full.name, quick.name) == ("mine", "mine-quick")
     assert full.train["epochs"] == 10
     assert quick.train == {**full.train, "epochs": 6}
@@ -289,30 +290,30 @@ def test_quick_overrides_and_renames(tmp_path: Path) -> None:
 
 def test_quick_mistakes_are_explained(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no \\[quick\\] table"):
-        spec.load(write(tmp_path / "mine.toml", SMALL), quick=True)
+        specfiles.load(write(tmp_path / "mine.toml", SMALL), quick=True)
     table = {**SMALL, "quick": {"trian": {}}}
     with pytest.raises(SpecError, match="did you mean 'train'"):
-        spec.load(write(tmp_path / "mine.toml", table), quick=True)
+        specfiles.load(write(tmp_path / "mine.toml", table), quick=True)
 
 
 def test_what_is_no_sweep_is_explained(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="did you mean 'fixup-largebatch'"):
-        spec.load("fixup-largebtach")
+        specfiles.load("fixup-largebtach")
     with pytest.raises(SpecError, match="cannot read"):
-        spec.load(str(tmp_path / "none.toml"))
+        specfiles.load(str(tmp_path / "none.toml"))
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(SpecError, match="not TOML"):
-        spec.load(str(tmp_path / "bad.toml"))
+        specfiles.load(str(tmp_path / "bad.toml"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(SpecError, match="UTF-8"):
-        spec.load(str(tmp_path / "bytes.toml"))
+        specfiles.load(str(tmp_path / "bytes.toml"))
     with pytest.raises(SpecError, match="cannot be called"):
-        spec.load(write(tmp_path / "a b.toml", SMALL))
+        specfiles.load(write(tmp_path / "a b.toml", SMALL))
 
 
 def test_differences_name_dotted_keys() -> None:
     changed = build(train={**SMALL["train"], "epochs": 11}, budget={"trials": 6})
-    assert spec.differences(build(), changed) == {
+    assert edits.differences(build(), changed) == {
         "train.epochs": (10, 11),
         "budget.trials": (5, 6),
     }
@@ -340,11 +341,11 @@ def test_a_sweep_extends_another_as_quick_overrides_it(tmp_path: Path) -> None:
         'extends = "base.toml"\nquestion = "own?"\n[train]\nnorm = "layer"\n'
         "[search]\npeak_lr = { low = 0.1, high = 0.2 }\n[quick.budget]\nseeds = 2\n"
     )
-    own, base = (spec.load(str(tmp_path / f"{name}.toml")) for name in ("own", "base"))
+    own, base = (specfiles.load(str(tmp_path / f"{name}.toml")) for name in ("own", "base"))
     assert (own.name, own.question) == ("own", "own?")
     assert own.train == {**base.train, "norm": "layer"}
-    assert own.search["peak_lr"] == spec.Range(low=0.1, high=0.2)
-    quick = spec.load(str(tmp_path / "own.toml"), quick=True)
+    assert own.search["peak_lr"] == Range(low=0.1, high=0.2)
+    quick = specfiles.load(str(tmp_path / "own.toml"), quick=True)
     assert quick.train["epochs"] == 2
     assert (quick.budget.trials, quick.budget.seeds) == (2, 2)
 
@@ -362,7 +363,7 @@ def test_a_sweep_extends_another_as_quick_overrides_it(tmp_path: Path) -> None:
 def test_what_cannot_be_extended_is_named(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "own.toml").write_text(text)
     with pytest.raises(SpecError, match=said):
-        spec.load(str(tmp_path / "own.toml"))
+        specfiles.load(str(tmp_path / "own.toml"))
 
 
 def test_what_a_sweep_moves_to_another_section_leaves_the_one_it_had(tmp_path: Path) -> None:
@@ -371,5 +372,5 @@ def test_what_a_sweep_moves_to_another_section_leaves_the_one_it_had(tmp_path: P
         'extends = "base.toml"\n[train]\npeak_lr = 0.1\n'
         "[search]\nmomentum = { low = 0.1, high = 0.9 }"
     )
-    own = spec.load(str(tmp_path / "own.toml"))
+    own = specfiles.load(str(tmp_path / "own.toml"))
     assert (own.train["peak_lr"], set(own.search)) == (0.1, {"momentum"})

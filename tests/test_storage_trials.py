@@ -1,172 +1,49 @@
-"""Claims, leases and budgets, with real worker processes and real signals."""
+"""Claims, results and budgets: a trial is handed out once, with real worker processes."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import sqlite3
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from helpers import PROCESSES, Command, begin_at, make_spec, stop_postgres, together, wait_until
+from helpers import together
 from optuna.trial import TrialState
-from sqlalchemy import create_engine, event, make_url, text
+from queues import (
+    STORES,
+    Clock,
+    Remote,
+    lease,
+    move_to_other_host,
+    new_study,
+    pull_with,
+    remotes,
+    store_url,
+    trials,
+)
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from storage.engine import StorageError, open_storage, sql_engine
+from storage.engine import open_storage, sql_engine
 from storage.leases import LEASE_ATTR
-from storage.retries import is_transient, with_retries
 from storage.trial_table import TrialTable
-from storage.trials import Claim, LeaseLostError, TrialQueue, enqueue
+from storage.trials import LeaseLostError, TrialQueue, enqueue
 
-ROOT = Path(__file__).parent.parent
 SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
 
 
-# --- fixtures and processes ---------------------------------------------------------------------
-
-
-@pytest.fixture(params=["sqlite", "postgresql", "grpc"])
+@pytest.fixture(params=STORES)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "postgresql":
-        new_place: Callable[[], str] = request.getfixturevalue("postgres")
-        yield new_place()
-        return
-    file = f"sqlite:///{tmp_path}/sweep.db"
-    if request.param == "sqlite":
-        yield file
-        return
-    pytest.importorskip("grpc", reason="gRPC is not installed")
-    from storage.serve import StoreServer
-
-    server = StoreServer(file, "127.0.0.1", 0)
-    server.start()
-    yield f"grpc://127.0.0.1:{server.port}"
-    server.stop(grace=0)
-
-
-class Clock:
-    """Seconds that pass only when a test says so."""
-
-    def __init__(self, start: float = 0.0) -> None:
-        self.now = start
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def new_study(url: str, name: str = "study", queued: int = 0) -> optuna.Study:
-    study = optuna.create_study(storage=open_storage(url), study_name=name, direction="maximize")
-    for number in range(queued):
-        assert enqueue(study._storage, study._study_id, {"x": number / 1000}) == number
-    return study
-
-
-def trials(url: str, name: str = "study") -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=name, storage=open_storage(url)).trials
-
-
-def lease(url: str, number: int = 0) -> dict[str, Any]:
-    value = trials(url)[number].system_attrs[LEASE_ATTR]
-    assert isinstance(value, dict)
-    return value
-
-
-def pull(url: str, worker_id: str, studies: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Work like a worker whose trials take no time, until nothing is left."""
-    queue = TrialQueue(open_storage(url), worker_id=worker_id)
-    done = []
-    while True:
-        claim = queue.claim(studies)
-        if claim is not None:
-            done.append((claim.study_id, claim.number))
-            assert queue.finish(claim, TrialState.COMPLETE, float(claim.number))
-        elif queue.pending(studies) == 0:
-            return done
-        else:
-            time.sleep(0.02)
-
-
-def pull_with(url: str, workers: int, studies: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    calls = [(url, f"w{number}", studies) for number in range(workers)]
-    return sorted(item for done in together(pull, calls) for item in done)
-
-
-def _remote(url: str, worker_id: str, pipe: Any) -> None:
-    storage = open_storage(url)
-    queue = TrialQueue(storage, worker_id=worker_id)
-    while True:
-        name, arguments = pipe.recv()
-        try:
-            if name == "report":
-                claim, values = arguments
-                study = optuna.load_study(study_name="study", storage=storage)
-                trial = optuna.Trial(study, claim.trial_id)
-                trial.suggest_float("x", 0.0, 1.0)
-                for step, value in enumerate(values):
-                    trial.report(value, step)
-                pipe.send((True, None))
-            else:
-                pipe.send((True, getattr(queue, name)(*arguments)))
-        except BaseException as error:
-            pipe.send((False, error))
-
-
-class Remote:
-    """A worker process that does what it is told."""
-
-    def __init__(self, url: str, worker_id: str) -> None:
-        self._pipe, there = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=_remote, args=(url, worker_id, there), daemon=True)
-        self.process.start()
-        there.close()
-
-    def tell(self, name: str, *arguments: Any) -> None:
-        self._pipe.send((name, arguments))
-
-    def answer(self) -> Any:
-        assert self._pipe.poll(60), "the worker hangs"
-        good, value = self._pipe.recv()
-        if not good:
-            raise value
-        return value
-
-    def __call__(self, name: str, *arguments: Any) -> Any:
-        self.tell(name, *arguments)
-        return self.answer()
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join(30)
-        assert not self.process.is_alive()
+    yield from store_url(request, tmp_path)
 
 
 @pytest.fixture
 def remote(url: str) -> Iterator[Callable[[str], Remote]]:
-    started: list[Remote] = []
-
-    def start(worker_id: str) -> Remote:
-        started.append(Remote(url, worker_id))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        worker.kill()
+    yield from remotes(url)
 
 
 # --- claims and budgets -------------------------------------------------------------------------
@@ -493,398 +370,6 @@ def test_outage_does_not_age_the_leases_of_others(
     assert observer.claim(studies) is not None
 
 
-# --- leases -------------------------------------------------------------------------------------
-
-
-def test_release_puts_the_same_trial_back(url: str, remote: Callable[[str], Remote]) -> None:
-    study = new_study(url)
-    worker = remote("first")
-    claim = worker("claim", [(study._study_id, 1)])
-    worker("report", claim, [0.1, 0.2])
-    before = trials(url)[0]
-    assert worker("release", claim)
-    assert not worker("owns", claim)
-    assert worker("release", claim), "a repeated call is harmless"
-    (waiting,) = trials(url)
-    assert waiting.state == TrialState.WAITING
-    again = remote("second")("claim", [(study._study_id, 1)])
-    assert not worker("release", claim)
-    assert (again.number, again.attempt, again.deaths) == (0, 2, 0)
-    (after,) = trials(url)
-    assert after.state == TrialState.RUNNING
-    assert (after.params, after.intermediate_values) == (before.params, {0: 0.1, 1: 0.2})
-
-
-def test_killed_holder_is_followed_at_once(url: str, remote: Callable[[str], Remote]) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    worker, observer = remote("first"), remote("second")
-    claim = worker("claim", studies)
-    worker("report", claim, [0.1, 0.2])
-    before = trials(url)[0]
-    assert observer("claim", studies) is None
-    worker.kill()
-    again = observer("claim", studies)  # lease_seconds is 60: no waiting is involved.
-    assert (again.trial_id, again.number) == (claim.trial_id, 0)
-    assert (again.attempt, again.deaths) == (2, 1)
-    (after,) = trials(url)
-    assert (after.params, after.intermediate_values) == (before.params, {0: 0.1, 1: 0.2})
-    assert observer("finish", again, TrialState.COMPLETE, 0.5)
-    assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE]
-
-
-def test_unreaped_process_counts_as_gone(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/sweep.db"
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    observer = TrialQueue(study._storage, worker_id="observer")
-    code = (
-        "import os, signal; from storage.engine import open_storage;"
-        "from storage.trials import TrialQueue;"
-        f"TrialQueue(open_storage({url!r}), worker_id='child').claim({studies});"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    # A direct child that nobody waits for stays in the process table as a zombie.
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as child:
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert lease(url)["pid"] == child.pid
-        claim = observer.claim(studies)
-        assert claim is not None
-        assert (claim.attempt, claim.deaths) == (2, 1)
-
-
-def test_reused_process_id_counts_as_gone(url: str) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    holder, observer = (TrialQueue(study._storage, worker_id=name) for name in "ho")
-    claim = holder.claim(studies)
-    assert claim is not None
-    assert observer.claim(studies) is None
-    stored = lease(url)
-    study._storage.set_trial_system_attr(
-        claim.trial_id, LEASE_ATTR, stored | {"process_start": stored["process_start"] - 1}
-    )
-    again = observer.claim(studies)
-    assert again is not None
-    assert again.attempt == 2
-
-
-def claim_all(url: str, name: str, studies: list[tuple[int, int]], everybody: Any) -> list[Claim]:
-    queue = TrialQueue(open_storage(url), worker_id=name)
-    everybody.wait(60)
-    claims = []
-    while (claim := queue.claim(studies)) is not None:
-        claims.append(claim)
-    everybody.wait(60)  # Nobody may die before all have looked.
-    return claims
-
-
-def test_eight_observers_of_five_dead_trials(url: str, remote: Callable[[str], Remote]) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 5)]
-    holders = [remote(f"h{number}") for number in range(5)]
-    for holder in holders:
-        assert holder("claim", studies) is not None
-    for holder in holders:
-        holder.kill()
-    for attempt in (2, 3):
-        everybody = PROCESSES.Barrier(8)
-        calls = [(url, f"w{number}", studies, everybody) for number in range(8)]
-        claims = [claim for result in together(claim_all, calls) for claim in result]
-        assert sorted(claim.number for claim in claims) == [0, 1, 2, 3, 4]
-        assert {(claim.attempt, claim.deaths) for claim in claims} == {(attempt, attempt - 1)}
-        # All eight have ended by now: the next round finds five dead trials again.
-
-
-def move_to_other_host(study: optuna.Study, claim: Claim) -> None:
-    stored = study._storage.get_trial_system_attrs(claim.trial_id)[LEASE_ATTR]
-    study._storage.set_trial_system_attr(claim.trial_id, LEASE_ATTR, stored | {"host": "elsewhere"})
-
-
-# The clocks disagree by years, and one of them is negative: only differences count.
-@pytest.mark.parametrize("start", [0.0, -1e9, 1e9])
-def test_lease_of_another_host_is_observed(url: str, start: float) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    clock = Clock(start)
-    holder = TrialQueue(study._storage, worker_id="holder", clock=Clock(5e5))
-    observer = TrialQueue(study._storage, worker_id="observer", lease_seconds=60, clock=clock)
-    claim = holder.claim(studies)
-    assert claim is not None
-    move_to_other_host(study, claim)
-    assert observer.claim(studies) is None
-    clock.now += 59
-    assert observer.claim(studies) is None
-    holder.renew(claim)
-    clock.now += 2
-    assert observer.claim(studies) is None  # The renewed lease is seen for the first time.
-    clock.now += 59
-    assert observer.claim(studies) is None
-    assert holder.owns(claim)
-    clock.now += 1
-    again = observer.claim(studies)
-    assert again is not None
-    assert (again.number, again.attempt, again.deaths) == (0, 2, 1)
-    assert not holder.owns(claim)
-    with pytest.raises(LeaseLostError, match="no longer held by holder"):
-        holder.renew(claim)
-    assert not holder.release(claim)
-    assert not holder.finish(claim, TrialState.COMPLETE, 1.0)
-    assert observer.finish(again, TrialState.COMPLETE, 0.5)
-    assert [trial.value for trial in trials(url)] == [0.5]
-
-
-def test_observer_that_looks_rarely_is_not_fooled(url: str) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    clock = Clock()
-    holder = TrialQueue(study._storage, worker_id="holder")
-    observer = TrialQueue(study._storage, worker_id="observer", clock=clock)
-    claim = holder.claim(studies)
-    assert claim is not None
-    move_to_other_host(study, claim)
-    for _ in range(3):
-        assert observer.claim(studies) is None
-        holder.renew(claim)
-        clock.now += 1e6
-    assert holder.owns(claim)
-
-
-def test_slow_observer_cannot_put_back_a_reclaimed_trial(url: str) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    clock = Clock()
-    holder, fast, slow = (
-        TrialQueue(study._storage, worker_id=name, clock=clock) for name in ("h", "fast", "slow")
-    )
-    claim = holder.claim(studies)
-    assert claim is not None
-    move_to_other_host(study, claim)
-    # The queue reads and acts in one go; the delay between the two is made here by hand.
-    seen = slow._table.running([study._study_id])[0].lease_text
-    assert fast.claim(studies) is None
-    clock.now = 60
-    again = fast.claim(studies)
-    assert again is not None
-    # What the slow one saw before it was delayed is out of date in every later state.
-    assert not slow._table.requeue(claim.trial_id, seen, died=True)
-    assert not slow._table.requeue(claim.trial_id, None, died=True)
-    assert fast.owns(again)
-    assert fast.release(again)
-    assert not slow._table.requeue(claim.trial_id, seen, died=True)
-    assert lease(url)["deaths"] == 1
-
-
-def test_trial_of_a_foreign_program_is_observed_by_its_start(url: str) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    foreign = study.ask()
-    clock = Clock()
-    queue = TrialQueue(study._storage, worker_id="w", clock=clock)
-    assert queue.claim(studies) is None
-    clock.now = 59
-    assert queue.claim(studies) is None
-    clock.now = 60
-    claim = queue.claim(studies)
-    assert claim is not None
-    assert (claim.number, claim.attempt, claim.deaths) == (foreign.number, 2, 1)
-
-
-def test_foreign_claim_of_a_released_trial_is_observed(url: str) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    clock = Clock()
-    queue = TrialQueue(study._storage, worker_id="w", clock=clock)
-    claim = queue.claim(studies)
-    assert claim is not None
-    assert queue.release(claim)
-    assert study.ask().number == 0
-    assert queue.claim(studies) is None
-    clock.now = 60
-    again = queue.claim(studies)
-    assert again is not None
-    assert (again.attempt, again.deaths) == (3, 1)
-
-
-def test_stopped_worker_comes_back_to_a_lost_lease(
-    url: str, remote: Callable[[str], Remote]
-) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    clock = Clock()
-    observer = TrialQueue(study._storage, worker_id="observer", clock=clock)
-    worker = remote("frozen")
-    claim = worker("claim", studies)
-    worker("renew", claim)
-    worker.signal(signal.SIGSTOP)
-    assert observer.claim(studies) is None  # Its process is there: only time can tell.
-    clock.now = 60
-    again = observer.claim(studies)
-    assert again is not None
-    assert again.attempt == 2
-    worker.tell("finish", claim, TrialState.COMPLETE, 1.0)
-    worker.signal(signal.SIGCONT)
-    assert worker.answer() is False
-    assert worker("owns", claim) is False
-    assert worker("release", claim) is False
-    with pytest.raises(LeaseLostError):
-        worker("renew", claim)
-    assert observer.finish(again, TrialState.COMPLETE, 0.5)
-    assert [(trial.number, trial.value) for trial in trials(url)] == [(0, 0.5)]
-
-
-def test_workers_killed_at_random_lose_and_repeat_nothing(
-    url: str, remote: Callable[[str], Remote]
-) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 12)]
-    for round_ in range(6):
-        # Told to claim and killed at whatever point it has reached by then.
-        worker = remote(f"w{round_}")
-        worker("pending", studies)
-        for _ in range(2):
-            worker.tell("claim", studies)
-        worker.process.join(0.01 * round_)
-        worker.kill()
-    done = pull_with(url, 4, studies)
-    assert done == [(study._study_id, number) for number in range(12)]
-    assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE] * 12
-
-
-def test_renewals_from_a_thread_do_not_disturb_the_finish(url: str) -> None:
-    study = new_study(url)
-    queue = TrialQueue(study._storage, worker_id="w")
-    claim = queue.claim([(study._study_id, 1)])
-    assert claim is not None
-    stop, beats = threading.Event(), threading.Semaphore(0)
-
-    def renew() -> None:
-        while not stop.is_set():
-            try:
-                queue.renew(claim)
-            except LeaseLostError:
-                return
-            beats.release()
-
-    thread = threading.Thread(target=renew)
-    thread.start()
-    for _ in range(5):
-        assert beats.acquire(timeout=30)
-    assert queue.finish(claim, TrialState.COMPLETE, 0.5)
-    stop.set()
-    thread.join(30)
-    assert trials(url)[0].value == 0.5
-
-
-def test_queue_survives_a_lock_longer_than_the_time_out(tmp_path: Path) -> None:
-    file = tmp_path / "sweep.db"
-    study = new_study(f"sqlite:///{file}")
-    queue = TrialQueue(study._storage, worker_id="w")
-    claim = queue.claim([(study._study_id, 1)])
-    assert claim is not None
-    engine = sql_engine(study._storage)
-    engine.dispose()
-    tries = threading.Semaphore(0)
-
-    def impatient(connection: sqlite3.Connection, record: object) -> None:
-        connection.execute("PRAGMA busy_timeout = 10")
-
-    event.listen(engine, "connect", impatient)
-    event.listen(engine, "checkout", lambda *_: tries.release())
-    results = []
-    thread = threading.Thread(
-        target=lambda: results.append(queue.finish(claim, TrialState.COMPLETE, 0.5))
-    )
-    with closing(sqlite3.connect(file, isolation_level=None)) as holder:
-        holder.execute("BEGIN EXCLUSIVE")
-        thread.start()
-        for _ in range(5):
-            assert tries.acquire(timeout=30)
-        assert results == []
-        holder.execute("ROLLBACK")
-    thread.join(30)
-    assert results == [True]
-
-
-# --- PostgreSQL alone ---------------------------------------------------------------------------
-
-
-def count_studies(url: str) -> int:
-    return len(open_storage(url).get_all_studies())
-
-
-def test_eight_processes_open_one_fresh_postgresql_database(postgres: Callable[[], str]) -> None:
-    for url in [postgres() for _ in range(2)]:
-        assert together(count_studies, [(url,)] * 8) == [0] * 8
-
-
-def test_postgresql_read_only(postgres: Callable[[], str]) -> None:
-    url = postgres()
-    with pytest.raises(StorageError, match="holds no sweep yet"):
-        open_storage(url, read_only=True)
-    study = new_study(url, queued=1)
-    reader = open_storage(url, read_only=True)
-    assert len(reader.get_all_trials(study._study_id)) == 1
-    with pytest.raises(optuna.exceptions.StorageInternalError):
-        optuna.create_study(storage=reader, study_name="two")
-
-
-def test_a_connection_that_breaks_within_a_read_is_a_passing_failure(
-    postgres: Callable[[], str],
-) -> None:
-    """Optuna reads a second time in the broken session, which is no failure of the connection."""
-    url = postgres()
-    study = new_study(url, queued=1)
-    engine = sql_engine(study._storage)
-    admin = create_engine(url, isolation_level="AUTOCOMMIT")
-    broken: list[int] = []
-
-    def break_once(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if "FROM trial_user_attributes" in statement and not broken:
-            broken.append(connection.connection.dbapi_connection.info.backend_pid)
-            with admin.connect() as other:
-                other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": broken[0]})
-
-    event.listen(engine, "before_cursor_execute", break_once)
-    read = with_retries(lambda: study._storage.get_all_trials(study._study_id))
-    assert broken
-    assert [trial.number for trial in read] == [0]
-    admin.dispose()
-
-
-def test_worker_outlives_a_restart_of_its_database(
-    postgres: Callable[[], str], postgres_server: Any, tmp_path: Path
-) -> None:
-    url = postgres()
-    store = begin_at(url, make_spec(train={"epochs": 40}, budget={"trials": 2}))
-    study_id = store.get_study_id_from_name("tiny")
-    with Command("worker", "tiny", "--storage", url, "--threads", "1", cwd=tmp_path) as worker:
-        wait_until(lambda: any((t.last_step or 0) >= 2 for t in store.get_all_trials(study_id)))
-        stop_postgres(postgres_server, signal.SIGINT)
-        with Command("worker", "tiny", "--storage", url, "--threads", "1", cwd=tmp_path) as late:
-            try:
-                for waiting in (worker, late):
-                    waiting.line("does not answer")
-            finally:
-                postgres_server.ensure_postgres_running()
-            for waiting in (worker, late):
-                waiting.line("answers again")
-                assert waiting.end() == 0, waiting.output
-                assert waiting.output.count("does not answer") == 1
-        done = open_storage(url).get_all_trials(study_id)
-    assert [trial.state for trial in done] == [TrialState.COMPLETE] * 2
-    for trial in done:
-        assert sorted(trial.intermediate_values) == list(range(1, 41))
-        assert trial.system_attrs[LEASE_ATTR]["attempt"] == 1
-
-
-def test_a_database_that_is_not_there_is_not_waited_for(postgres: Callable[[], str]) -> None:
-    missing = make_url(postgres()).set(database="nobody_made_it")
-    with pytest.raises(StorageError, match="nobody_made_it") as refusal:
-        open_storage(missing.render_as_string(hide_password=False))
-    assert not is_transient(refusal.value)
-
-
 # --- small things -------------------------------------------------------------------------------
 
 
@@ -897,39 +382,6 @@ def test_enqueue_keeps_attributes_and_returns_the_number(url: str) -> None:
     assert stored.state == TrialState.WAITING
     assert stored.user_attrs == attributes
     assert stored.system_attrs["fixed_params"] == {"x": 0.5}
-
-
-def test_lease_holds_no_time(url: str) -> None:
-    study = new_study(url)
-    claim = TrialQueue(study._storage, worker_id="w").claim([(study._study_id, 1)])
-    assert claim is not None
-    stored = lease(url)
-    keys = "worker host pid process_start token beat attempt deaths"
-    assert sorted(stored) == sorted(keys.split())
-    assert (stored["worker"], stored["pid"], stored["beat"]) == ("w", os.getpid(), 0)
-    assert json.loads(json.dumps(stored)) == stored
-
-
-def test_unreadable_lease_is_observed_like_none(url: str) -> None:
-    study = new_study(url)
-    studies = [(study._study_id, 1)]
-    clock = Clock()
-    holder = TrialQueue(study._storage, worker_id="holder")
-    claim = holder.claim(studies)
-    assert claim is not None
-    study._storage.set_trial_system_attr(claim.trial_id, LEASE_ATTR, "broken")
-    assert not holder.owns(claim)
-    observer = TrialQueue(study._storage, worker_id="w", clock=clock)
-    assert observer.claim(studies) is None
-    clock.now = 60
-    again = observer.claim(studies)
-    assert again is not None
-
-
-def test_bad_lease_seconds(tmp_path: Path) -> None:
-    storage = open_storage(f"sqlite:///{tmp_path}/sweep.db")
-    with pytest.raises(ValueError, match="lease_seconds must be positive, got 0"):
-        TrialQueue(storage, worker_id="w", lease_seconds=0)
 
 
 def test_large_study_is_not_read_row_by_row(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from storage.engine import open_storage
 from storage.leases import LEASE_ATTR
 from storage.trials import Claim, TrialQueue
 from sweeps import worker as worker_module
-from sweeps.attributes import CURVES
+from sweeps.attributes import CURVES, PROVENANCE
 from sweeps.errors import SpecError, SweepError
 from sweeps.objective import Objective, Progress
 from sweeps.search import SAMPLERS
-from sweeps.status import PROVENANCE, read_status
+from sweeps.status import read_status
 from sweeps.studies import stored_sweep
 from sweeps.training.loop import Diverged, Interrupted
 from sweeps.worker import StopRequest

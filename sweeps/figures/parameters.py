@@ -29,7 +29,7 @@ from sweeps.progress import describe_params
 from sweeps.status import TrialStatus
 
 if TYPE_CHECKING:
-    from sweeps.spec import Range
+    from sweeps.space import Range
 
 
 def accuracy_by_parameter(entries: list[Entry]) -> Figure | None:

@@ -399,7 +399,7 @@ sys.path.insert(0, {root!r})
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
-from sweeps.spec import load
+from sweeps.specfiles import load
 from sweeps.objective import Objective, open_dataset, prepare_process
 prepare_process(torch.device("cpu"), 1)
 sweep = load({spec!r})

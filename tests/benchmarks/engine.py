@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
 from data.batches import DeviceBatches, channel_statistics
-from data.sources import Dataset
+from data.dataset import Dataset
 from models import build_model
 from sweeps.config import TrialConfig
 from sweeps.objective import Objective, open_dataset, prepare_process

@@ -37,7 +37,7 @@ def make_store(url: str, trials: int, epochs: int) -> None:
     from sqlalchemy import insert
 
     from storage.engine import open_storage, sql_engine
-    from sweeps import search, spec
+    from sweeps import search, specfiles
     from sweeps.attributes import CURVES
     from sweeps.studies import create_or_resume, stored_sweep
 
@@ -45,7 +45,7 @@ def make_store(url: str, trials: int, epochs: int) -> None:
     overrides = [f"budget.trials={-(-trials // 3)}", f"train.epochs={epochs}", "try=[]"]
     if epochs <= 30:
         overrides.append(f"search.warmup_epochs.high={epochs / 3}")
-    made = spec.load("fixup-largebatch", overrides=overrides, rename=NAME)
+    made = specfiles.load("fixup-largebatch", overrides=overrides, rename=NAME)
     store = open_storage(url)
     create_or_resume(store, made, ["0" * 64] * len(made.cells))
     spaces = search.distributions(made.search)

@@ -290,7 +290,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import sweeps.run
-from data.sources import load_dataset, made_dataset, outline
+from data.dataset import made_dataset
+from data.sources import load_dataset, outline
 from sweeps.config import TrialConfig
 from sweeps.objective import Objective
 name, model, batch, width = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
