@@ -25,7 +25,7 @@ from data.batches import DeviceBatches, channel_statistics, normalise, updates_p
 from data.sources import Dataset, load_dataset, split_train
 from data.splits import split_devices
 from models import build_model, classifier_parameters, parameter_groups, stacked_forward
-from storage.checkpoints import CheckpointStore
+from storage.checkpoints import CheckpointStore, CheckpointWriter
 from sweeps.config import TrialConfig, Value
 from sweeps.machine import PROCESS_BYTES
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
@@ -118,19 +118,25 @@ class Objective:
         should_stop: Callable[[], bool] = lambda: False,
         checkpoints: CheckpointStore | None = None,
         key: str = "",
+        may_replace: Callable[[], bool] = lambda: True,
     ) -> float:
         """Train a config to its end, once for each seed, one after the other.
+
+        An epoch's checkpoint is written beside the next epoch. Whenever this returns or raises,
+        that of the last completed epoch is on the disk.
 
         Args:
             config: what to train; its `seed` is the first.
             seeds: how many trainings.
             test: whether to score the test images, once, with the weights that the last epoch
                 leaves; of one training only.
-            on_epoch: hears of every epoch in order. After a resume it hears again of those that
-                earlier attempts completed. What it raises ends the trial.
+            on_epoch: hears of every epoch in order, of most before their checkpoint is on the
+                disk. After a resume it hears again of those that earlier attempts completed. What
+                it raises ends the trial.
             should_stop: asked between two updates.
             checkpoints: where each completed epoch is kept; None keeps nothing.
             key: the checkpoint's name.
+            may_replace: as of `CheckpointStore.writer`.
 
         Returns:
             The final epoch's validation accuracy, 0 to 1, averaged over seeds; with `test`, the
@@ -139,11 +145,29 @@ class Objective:
         Raises:
             Diverged: a seed's training did.
             Interrupted: `should_stop` said so; the checkpoint has all completed epochs.
+            CheckpointError: an epoch's could not be saved; the one before is intact. Raised after
+                the next epoch at the latest, or instead of what ends the trial.
             ValueError: `test` is asked of several trainings.
         """
         if test and seeds != 1:
             raise ValueError(f"seeds is {seeds}: the test images are scored for one training")
         state = self._load(config, checkpoints, key)
+        with contextlib.ExitStack() as stack:
+            writer: CheckpointWriter | None = None
+            if checkpoints is not None:
+                writer = stack.enter_context(checkpoints.writer(key, may_replace=may_replace))
+            return self._train(config, seeds, test, on_epoch, should_stop, state, writer)
+
+    def _train(
+        self,
+        config: TrialConfig,
+        seeds: int,
+        test: bool,
+        on_epoch: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+        state: dict[str, Any],
+        writer: CheckpointWriter | None,
+    ) -> float:
         finished: list[list[EpochResult]] = [
             [EpochResult(**r) for r in history] for history in state["finished"]
         ]
@@ -156,17 +180,29 @@ class Objective:
             if state["training"] is not None:
                 training.load_state_dict(state["training"])
                 state["training"] = None
+            before = json.dumps([[vars(r) for r in history] for history in finished])
+            lines: list[str] = []
             for result in training.history:
+                lines.append(json.dumps(vars(result)))
                 on_epoch(self._progress(config, finished, result))
             for result in training.run():
-                if checkpoints is not None:
-                    kept = {
-                        "config": settings,
-                        "data_fingerprint": self._dataset.fingerprint,
-                        "finished": [[vars(r) for r in history] for history in finished],
-                        "training": training.state_dict(),
-                    }
-                    checkpoints.save(key, _histories_as_text(kept))
+                lines.append(json.dumps(vars(result)))
+                if writer is not None:
+                    # Histories are texts: to go through thousands of numbers takes milliseconds.
+                    # JSON as Python writes it gives every float back as it was.
+                    history = f"[{', '.join(lines)}]"
+                    writer.save(
+                        {
+                            "config": settings,
+                            "data_fingerprint": self._dataset.fingerprint,
+                            "finished": before,
+                            "training": {**training.state_dict(), "history": history},
+                        }
+                    )
+                # Not once the checkpoint is on the disk: pruner and budgets are asked about every
+                # epoch before the next begins. An epoch that was reported and not yet saved when
+                # its worker was killed is forgotten, trained again and reported again, with the
+                # same numbers.
                 on_epoch(self._progress(config, finished, result))
             finished.append(training.history)
             if test:
@@ -526,17 +562,8 @@ def prepare_process(device: torch.device, threads: int, gpu_memory: int | None =
         torch.backends.cudnn.deterministic = True
 
 
-def _histories_as_text(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint whose histories are texts: of a thousand numbers, pickling takes milliseconds.
-
-    JSON as Python writes it gives every float back as it was.
-    """
-    training = {**state["training"], "history": json.dumps(state["training"]["history"])}
-    return {**state, "finished": json.dumps(state["finished"]), "training": training}
-
-
 def _histories_from_text(state: dict[str, Any]) -> dict[str, Any]:
-    """What `_histories_as_text` was given; earlier versions kept that itself."""
+    """A checkpoint whose histories are lists of results; earlier versions kept it like that."""
     state, training = dict(state), state["training"]
     if isinstance(state["finished"], str):
         state["finished"] = json.loads(state["finished"])
