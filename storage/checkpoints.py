@@ -104,11 +104,17 @@ class CheckpointStore:
             may_replace: asked, in a thread of the writer's, when a state is on the disk and
                 about to replace what the key holds. False drops it instead.
         """
-        return CheckpointWriter(functools.partial(self._write, key, may_replace))
-
-    def _write(self, key: str, may_replace: Callable[[], bool], content: dict[str, Any]) -> None:
         path = self.path(key)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        return CheckpointWriter(functools.partial(self._write, path, temporary, may_replace))
+
+    def _write(
+        self,
+        path: Path,
+        temporary: Path,
+        may_replace: Callable[[], bool],
+        content: dict[str, Any],
+    ) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             known = path.name in self._clean

@@ -174,7 +174,7 @@ class Objective:
         for index, history in enumerate(finished):
             for result in history:
                 on_epoch(self._progress(config, finished[:index], result))
-        settings = config.as_dict()
+        settings = json.dumps(config.as_dict())
         for index in range(len(finished), seeds):
             training = self._training(config, config.seed + index, should_stop)
             if state["training"] is not None:
@@ -188,15 +188,15 @@ class Objective:
             for result in training.run():
                 lines.append(json.dumps(vars(result)))
                 if writer is not None:
-                    # Histories are texts: to go through thousands of numbers takes milliseconds.
-                    # JSON as Python writes it gives every float back as it was.
-                    history = f"[{', '.join(lines)}]"
+                    # What is long and no tensor is text: to go through thousands of numbers takes
+                    # milliseconds. JSON as Python writes it gives every float back as it was.
+                    text = f"[{', '.join(lines)}]"
                     writer.save(
                         {
                             "config": settings,
                             "data_fingerprint": self._dataset.fingerprint,
                             "finished": before,
-                            "training": {**training.state_dict(), "history": history},
+                            "training": {**training.state_dict(), "history": text},
                         }
                     )
                 # Not once the checkpoint is on the disk: pruner and budgets are asked about every
@@ -256,12 +256,13 @@ class Objective:
         state = checkpoints.load(key) if checkpoints is not None else None
         if state is None:
             return fresh
+        state = _parsed(state)
         # An earlier version did not know all settings; it trained as their defaults do.
         of = {**TrialConfig.build({}).as_dict(), **state.get("config", {})}
         if (of, state.get("data_fingerprint")) != (config.as_dict(), self._dataset.fingerprint):
             logger.warning("the checkpoint of %s is of other settings; starting anew", key)
             return fresh
-        return _histories_from_text(state)
+        return state
 
     @property
     def fingerprint(self) -> str:
@@ -562,14 +563,16 @@ def prepare_process(device: torch.device, threads: int, gpu_memory: int | None =
         torch.backends.cudnn.deterministic = True
 
 
-def _histories_from_text(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint whose histories are lists of results; earlier versions kept it like that."""
-    state, training = dict(state), state["training"]
-    if isinstance(state["finished"], str):
-        state["finished"] = json.loads(state["finished"])
+def _parsed(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the values that stand in it as texts; earlier versions kept these."""
+    parsed = {**state}
+    for name in ("config", "finished"):
+        if isinstance(state.get(name), str):
+            parsed[name] = json.loads(state[name])
+    training = state.get("training")
     if training is not None and isinstance(training["history"], str):
-        state["training"] = {**training, "history": json.loads(training["history"])}
-    return state
+        parsed["training"] = {**training, "history": json.loads(training["history"])}
+    return parsed
 
 
 def _keep_freed_memory() -> None:

@@ -264,6 +264,7 @@ class Stopwatch(Objective):
         should_stop: Callable[[], bool] = lambda: False,
         checkpoints: CheckpointStore | None = None,
         key: str = "",
+        may_replace: Callable[[], bool] = lambda: True,
     ) -> float:
         """As `Objective.run`, until the seconds are over.
 
@@ -299,6 +300,7 @@ class Stopwatch(Objective):
                     should_stop=lambda: watch() or should_stop(),
                     checkpoints=checkpoints,
                     key=key,
+                    may_replace=may_replace,
                 )
             finally:
                 run.ended = time.perf_counter()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
 import resource
 import signal
 import string
+import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
+from storage.packing import Packer
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # What every child would import again. One server of forks serves all test modules of a run.
@@ -232,6 +236,221 @@ def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
     store.path(KEY).mkdir()
     with pytest.raises(CheckpointError, match="cannot read checkpoint"):
         store.load(KEY)
+
+
+def unwritable(tmp_path: Path) -> CheckpointStore:
+    (tmp_path / "file").touch()
+    return CheckpointStore(tmp_path / "file")
+
+
+def writers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("checkpoint")]
+
+
+def test_a_writer_saves_the_state_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the caller does next, and while the disk keeps it waiting."""
+    store = CheckpointStore(tmp_path)
+    changed = threading.Event()
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert changed.wait(60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    changing = state(1)
+    with store.writer(KEY) as writer:
+        writer.save(changing)
+        changing["model"]["weight"].fill_(2.0)
+        changing["lr"].append(0.3)
+        changing["step"] = 2
+        changed.set()
+        writer.wait()
+        loaded = store.load(KEY)
+        assert loaded is not None
+        assert is_whole(loaded)
+        assert (loaded["step"], loaded["lr"]) == (1, [0.1, 0.2])
+        writer.save(changing)
+        assert writers()
+    assert not writers()
+    loaded = store.load(KEY)
+    assert loaded is not None
+    assert is_whole(loaded)
+    assert (loaded["step"], loaded["lr"]) == (2, [0.1, 0.2, 0.3])
+
+
+def test_a_disk_that_is_slower_than_the_caller_makes_it_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    done: list[str] = []
+    copying = threading.Event()
+    fsync, pack = os.fsync, Packer.pack
+
+    def slow(descriptor: int) -> None:
+        # Time for a second copy, which must not come; it would be waited for no longer.
+        copying.clear()
+        copying.wait(0.2)
+        fsync(descriptor)
+        done.append("written")
+
+    def copied(self: Packer, state: dict[str, Any]) -> Any:
+        copying.set()
+        done.append("copied")
+        return pack(self, state)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(Packer, "pack", copied)
+    monkeypatch.setattr(CheckpointStore, "_sync_folder", lambda self: None)
+    with store.writer(KEY) as writer:
+        for step in (1, 2, 3):
+            writer.save(state(step))
+    assert done == ["copied", "written"] * 3
+    assert is_whole(store.load(KEY))
+
+
+def test_a_write_that_failed_is_told_with_the_next_or_at_the_end(tmp_path: Path) -> None:
+    store = unwritable(tmp_path)
+    refused = r"cannot save checkpoint .* \(File exists\); free some space there"
+    writer = store.writer(KEY)
+    writer.save(state(1))
+    with pytest.raises(CheckpointError, match=refused):
+        writer.save(state(2))
+    writer.wait()  # told once
+    writer.save(state(3))
+    with pytest.raises(CheckpointError, match=refused):
+        writer.close()
+    assert not writers()
+
+
+@pytest.mark.parametrize("end", [ValueError, KeyboardInterrupt])
+def test_a_write_that_failed_is_told_instead_of_what_ended_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, end: type[BaseException]
+) -> None:
+    told = CheckpointError if issubclass(end, Exception) else end
+
+    def work() -> None:
+        with unwritable(tmp_path).writer(KEY) as writer:
+            writer.save(state(1))
+            raise end
+
+    with pytest.raises(told):
+        work()
+    assert ("cannot save checkpoint" in caplog.text) == (told is end)
+    assert not writers()
+
+
+def test_a_writer_that_may_not_replace_leaves_what_is_there(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(KEY, state(5))
+    allowed = [True, False]
+    with store.writer(KEY, may_replace=lambda: allowed.pop()) as writer:
+        writer.save(state(3))
+        writer.wait()
+        loaded = store.load(KEY)
+        assert loaded is not None
+        assert loaded["step"] == 5
+        writer.save(state(4))
+    loaded = store.load(KEY)
+    assert loaded is not None
+    assert loaded["step"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == [store.path(KEY).name]
+
+
+def odd_state() -> dict[str, Any]:
+    """What states may hold beside weights in rows."""
+    module = torch.nn.BatchNorm2d(3)
+    images = torch.randn(2, 3, 4, 5)
+    return {
+        "module": module.state_dict(),
+        "channels last": images.to(memory_format=torch.channels_last),
+        "one by one": torch.randn(4, 3, 1, 1).to(memory_format=torch.channels_last),
+        "turned": images.permute(2, 0, 3, 1),
+        "part": images[:, ::2, 1:, ::2],
+        "spread": torch.ones(3, 1).expand(3, 4),
+        "scalar": torch.tensor(1.5, dtype=torch.float64),
+        "none": torch.empty(0, 3),
+        "kinds": [
+            torch.tensor([1, -(2**62)]), torch.tensor([True, False]), torch.tensor([1 + 2j]),
+            torch.tensor([0.1, float("nan")]).bfloat16(), torch.tensor([7], dtype=torch.uint8),
+        ],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "sparse": torch.eye(2).to_sparse(),
+        "size": torch.Size([1, 2]),
+        "plain": [None, True, 0, 2**70, 0.1, float("inf"), "\u00e4\n\"", ["tensor", 0], []],
+        "pair": (1, (2.5, "x")),
+        3: {0: {"momentum": torch.arange(4.0)}, (1, 2): "key"},
+    }  # fmt: skip
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(
+            ours, theirs.detach(), rtol=0, atol=0, equal_nan=True, check_layout=True
+        )
+        if theirs.layout is torch.strided and theirs.nbytes == theirs.untyped_storage().nbytes():
+            assert ours.stride() == theirs.stride()
+        assert not ours.requires_grad
+        return
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for key in theirs:
+            assert_same(ours[key], theirs[key])
+        assert vars(ours) == vars(theirs) if isinstance(theirs, OrderedDict) else True
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    else:
+        assert ours == theirs
+
+
+def test_whatever_a_state_holds_comes_back_as_it_was(tmp_path: Path) -> None:
+    store, odd = CheckpointStore(tmp_path), odd_state()
+    with store.writer(KEY) as writer:
+        writer.save(state(1))  # other tensors, in the same memory
+        writer.save(odd)
+    loaded = store.load(KEY)
+    assert_same(loaded, odd)
+
+
+def test_checkpoints_as_they_once_were_are_loaded(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    torch.save(state(3), store.path(KEY))
+    loaded = store.load(KEY)
+    assert is_whole(loaded)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sweep:packed": 2},
+        {"layout": "[]"},
+        {"layout": '["dict","a",["print"]]'},
+        {"layout": '["dict","a"]'},
+        {"layout": '["dict","a",["tensor",9]]'},
+        {"layout": "{"},
+        {"tensors": '[["float32",0,[1000000],[0]]]'},
+        {"tensors": '[["float32",0,[2],[1]],["float32",0,[2],[1]]]'},
+        {"tensors": '[["float32",-8,[2],[1]]]'},
+        {"tensors": '[["float32",0,[2],[10000]]]'},
+        {"tensors": '[["load",0,[2],[1]]]'},
+        {"block": None},
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_counts_as_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    """As in a file that somebody made."""
+    store = CheckpointStore(tmp_path)
+    content = Packer().pack({"weight": torch.ones(2)}).content()
+    torch.save({**content, **change}, store.path(KEY))
+    assert store.load(KEY) is None
+    assert "removed damaged checkpoint" in caplog.text
 
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
