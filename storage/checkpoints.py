@@ -126,7 +126,8 @@ class CheckpointStore:
                     stream.flush()
                     os.fsync(stream.fileno())
                 if not may_replace():
-                    temporary.unlink()
+                    # Whoever may has perhaps removed it already.
+                    temporary.unlink(missing_ok=True)
                     return
                 temporary.replace(path)
             except BaseException:

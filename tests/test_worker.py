@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import begin, command, environment, make_spec, make_worker, trials, url, wait_until
+from helpers import begin, environment, make_spec, make_worker, trials, url, wait_until
 from optuna.trial import TrialState
 
 from storage.checkpoints import CheckpointStore
@@ -359,9 +359,12 @@ def test_whatever_ends_a_trial_its_last_epoch_is_on_the_disk_by_then(
     reached = threading.Event()
     fsync, run = os.fsync, Objective.run
     covered: list[int] = []
+    flushed: list[int] = []
 
     def slow(descriptor: int) -> None:
-        assert reached.wait(60)
+        flushed.append(descriptor)
+        if len(flushed) == 3:  # after the first checkpoint and its folder
+            assert reached.wait(60)
         fsync(descriptor)
 
     def running(
@@ -392,20 +395,30 @@ def test_whatever_ends_a_trial_its_last_epoch_is_on_the_disk_by_then(
     assert covered == [2]
 
 
+FINDS_THE_DISK_FULL = """
+import errno, os, threading
+from sweeps.cli import main
+def full(descriptor):
+    if "checkpoint" in threading.current_thread().name:
+        raise OSError(errno.ENOSPC, "No space left on device")
+os.fsync = full
+main()
+"""
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_worker(tmp_path: Path) -> None:
     begin(tmp_path, make_spec(budget={"trials": 1}))
-    (tmp_path / "file").touch()
     done = subprocess.run(
-        command("worker", "tiny", "--threads", "1"),
-        cwd=tmp_path, env={**environment(), "SWEEP_CHECKPOINT_DIR": str(tmp_path / "file")},
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-c", FINDS_THE_DISK_FULL, "worker", "tiny", "--threads", "1"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if "cannot save checkpoint" in line]
-    assert line.endswith("free some space there")
+    assert line.endswith("(No space left on device); free some space there")
     assert "Traceback" not in done.stderr
     (trial,) = trials(tmp_path)
     assert trial.state == TrialState.WAITING
+    assert not list(tmp_path.glob("*.checkpoints/*"))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: Any) -> None:
