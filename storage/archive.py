@@ -29,7 +29,7 @@ from typing import Any
 
 from storage.archive_checks import parse_study
 from storage.archive_rows import ArchiveError, StudyRows
-from storage.checkpoints import CheckpointError, CheckpointStore
+from storage.checkpoints import CheckpointError, CheckpointStore, state_in
 
 FORMAT = "sweep archive"
 FORMAT_VERSION = 1
@@ -247,14 +247,10 @@ class Archive:
         Raises:
             ArchiveError: it is damaged, is larger inside than outside, or would run code.
         """
-        import torch
-
         content = self.checkpoint(entry)
         try:
             _check_inner_zip(content)
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            if not isinstance(state, dict):
-                raise ValueError(f"it holds a {type(state).__name__}, not a dict")
+            state_in(content)
         except MemoryError:
             raise
         except Exception as error:

@@ -7,15 +7,21 @@ kills the process, and whenever, leaves the previous checkpoint or the new one.
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import io
 import logging
+import math
 import os
 import re
 import secrets
+import time
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 from storage.engine import sqlite_path
@@ -87,13 +93,32 @@ class CheckpointStore:
             CheckpointError: the disk is full or the folder not writable; the previous checkpoint
                 is intact.
         """
-        import torch
+        with self.writer(key) as writer:
+            writer.save(state)
 
+    def writer(
+        self, key: str, *, every: float = 0.0, may_replace: Callable[[], bool] = lambda: True
+    ) -> CheckpointWriter:
+        """Return what saves one state of ``key`` after the other while the caller goes on.
+
+        Args:
+            key: see the class.
+            every: seconds from the begin of one write to that of the next, at the least.
+            may_replace: asked, in a thread of the writer's, when a state is on the disk and
+                about to replace what the key holds. False drops it instead.
+        """
         path = self.path(key)
-        # In memory first: PyTorch's own file writer aborts the process on some write errors.
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        write = functools.partial(self._write, path, temporary, may_replace)
+        return CheckpointWriter(write, every)
+
+    def _write(
+        self,
+        path: Path,
+        temporary: Path,
+        may_replace: Callable[[], bool],
+        content: dict[str, Any],
+    ) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             known = path.name in self._clean
@@ -101,9 +126,13 @@ class CheckpointStore:
                 self._remove_temporaries(path.name)
             try:
                 with temporary.open("xb") as stream:
-                    stream.write(buffer.getbuffer())
+                    _save_to(stream, content)
                     stream.flush()
                     os.fsync(stream.fileno())
+                if not may_replace():
+                    # Whoever may has perhaps removed it already.
+                    temporary.unlink(missing_ok=True)
+                    return
                 temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -126,8 +155,6 @@ class CheckpointStore:
         Raises:
             CheckpointError: the file exists but cannot be read, e.g. for lack of permission.
         """
-        import torch
-
         path = self.path(key)
         # Whoever loads goes on from another process's work, which may have left something.
         self._clean.discard(path.name)
@@ -145,9 +172,7 @@ class CheckpointStore:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"checksum of {damaged} is wrong")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            if not isinstance(state, dict):
-                raise ValueError(f"holds a {type(state).__name__}, not a dict")
+            state = state_in(content)
         except MemoryError:
             raise
         except Exception as error:
@@ -212,6 +237,152 @@ class CheckpointStore:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class CheckpointWriter:
+    """Saves the states of one key, one after the other, while the caller changes them further.
+
+    :meth:`save` takes a copy and returns. It is written in a thread of the writer's, unless a
+    write began less than ``every`` seconds before: then it waits, and the next one takes its
+    place. There is one copy at a time: a disk that is slower than the caller makes it wait. Use
+    the writer as a context: at its end the last state is on the disk and the thread has ended.
+    From :meth:`CheckpointStore.writer`.
+
+    Args:
+        write: brings a state to the disk.
+        every: seconds between the begins of two writes, at the least.
+    """
+
+    def __init__(self, write: Callable[[dict[str, Any]], None], every: float) -> None:
+        self._write = write
+        self._every = every
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._waiting: dict[str, Any] | None = None
+        self._under_way: Future[None] | None = None
+        self._began = -math.inf
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            # Whoever is told to end at once is not to hear of this instead.
+            if kind is not None and not issubclass(kind, Exception):
+                _logger.warning("%s", error)
+                return
+            raise
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Have ``state``, as it is now, replace what the key holds.
+
+        Args:
+            state: as of :meth:`CheckpointStore.save`.
+
+        Raises:
+            CheckpointError: the state *before* could not be saved. Nothing is done with this one.
+        """
+        self._end_write()
+        self._waiting = None  # before there is another
+        self._waiting = _copied(state)
+        if time.monotonic() - self._began >= self._every:
+            self._begin_write()
+
+    def wait(self) -> None:
+        """Return when the last state is on the disk.
+
+        Raises:
+            CheckpointError: it could not be saved; the one before is intact. It is raised once.
+        """
+        self._end_write()
+        if self._waiting is not None:
+            self._begin_write()
+            self._end_write()
+
+    def close(self) -> None:
+        """Wait for the last state, and end the thread.
+
+        Raises:
+            CheckpointError: as :meth:`wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _begin_write(self) -> None:
+        self._began = time.monotonic()
+        state, self._waiting = self._waiting, None
+        assert state is not None
+        self._under_way = self._thread.submit(self._write, state)
+
+    def _end_write(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a state, its tensors on the CPU."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # a module's state has its versions as an attribute
+        for name, part in value.items():
+            copied[name] = _copied(part)
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return copy.deepcopy(value)
+
+
+def state_in(content: bytes) -> dict[str, Any]:
+    """Return the state in a checkpoint file, its tensors on the CPU.
+
+    Raises:
+        Exception: it is no checkpoint, or would run code. Checksums are not looked at.
+    """
+    import torch
+
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"holds a {type(state).__name__}, not a dict")
+    return state
+
+
+class _Unfailing:
+    """A file for PyTorch's writer, which aborts the process on some errors of a file.
+
+    Attributes:
+        error: the first one; what is written after it is lost.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.error: Exception | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._stream.write(data)
+            except Exception as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def _save_to(stream: IO[bytes], content: dict[str, Any]) -> None:
+    import torch
+
+    file = _Unfailing(stream)
+    torch.save(content, file)  # type: ignore[arg-type]
+    if file.error is not None:
+        raise file.error
 
 
 def _file_name(key: str) -> str:

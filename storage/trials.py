@@ -319,11 +319,16 @@ class TrialQueue:
                 "its lease ran out and another worker took it over, or it was finished by hand"
             )
 
-    def owns(self, claim: Claim) -> bool:
-        """Whether the trial is running and its lease is this claim's."""
+    def owns(self, claim: Claim, *, total_seconds: float | None = None) -> bool:
+        """Whether the trial is running and its lease is this claim's.
+
+        Args:
+            claim: of the trial.
+            total_seconds: how long to ask, as of :func:`storage.retries.with_retries`.
+        """
         from optuna.trial import TrialState
 
-        row = with_retries(lambda: self._table.read(claim.trial_id))
+        row = with_retries(lambda: self._table.read(claim.trial_id), total_seconds=total_seconds)
         return (
             row is not None
             and row[0] == TrialState.RUNNING

@@ -27,7 +27,7 @@ from data.holdout import split_train
 from data.sources import load_dataset
 from data.splits import split_devices
 from models import build_model, classifier_parameters, parameter_groups, stacked_forward
-from storage.checkpoints import CheckpointStore
+from storage.checkpoints import CheckpointStore, CheckpointWriter
 from sweeps.config import TrialConfig, Value
 from sweeps.machine import PROCESS_BYTES
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
@@ -45,6 +45,10 @@ CUDA_PROCESS_BYTES = 2 * 10**9
 
 COPIES_OF_WEIGHTS = 5
 """Weights, gradients and momentum, and a checkpoint on its way to the disk."""
+
+CHECKPOINT_SECONDS = 1.0
+"""From one checkpoint of a trial to the next, at the least: what a kill costs beside the running
+epoch. To write those of all epochs would take a percent of the time where epochs are short."""
 
 COUNTED_IMAGES = 8
 
@@ -120,19 +124,25 @@ class Objective:
         should_stop: Callable[[], bool] = lambda: False,
         checkpoints: CheckpointStore | None = None,
         key: str = "",
+        may_replace: Callable[[], bool] = lambda: True,
     ) -> float:
         """Train a config to its end, once for each seed, one after the other.
+
+        Epochs' checkpoints are written beside the training, at most one in `CHECKPOINT_SECONDS`.
+        Whenever this returns or raises, that of the last completed epoch is on the disk.
 
         Args:
             config: what to train; its `seed` is the first.
             seeds: how many trainings.
             test: whether to score the test images, once, with the weights that the last epoch
                 leaves; of one training only.
-            on_epoch: hears of every epoch in order. After a resume it hears again of those that
-                earlier attempts completed. What it raises ends the trial.
+            on_epoch: hears of every epoch in order, of most before their checkpoint is on the
+                disk. After a resume it hears again of those that earlier attempts completed. What
+                it raises ends the trial.
             should_stop: asked between two updates.
             checkpoints: where each completed epoch is kept; None keeps nothing.
             key: the checkpoint's name.
+            may_replace: as of `CheckpointStore.writer`.
 
         Returns:
             The final epoch's validation accuracy, 0 to 1, averaged over seeds; with `test`, the
@@ -141,34 +151,66 @@ class Objective:
         Raises:
             Diverged: a seed's training did.
             Interrupted: `should_stop` said so; the checkpoint has all completed epochs.
+            CheckpointError: an epoch's could not be saved; the one before is intact. Raised after
+                the next epoch at the latest, or instead of what ends the trial.
             ValueError: `test` is asked of several trainings.
         """
         if test and seeds != 1:
             raise ValueError(f"seeds is {seeds}: the test images are scored for one training")
         state = self._load(config, checkpoints, key)
+        with contextlib.ExitStack() as stack:
+            writer: CheckpointWriter | None = None
+            if checkpoints is not None:
+                writer = stack.enter_context(
+                    checkpoints.writer(key, every=CHECKPOINT_SECONDS, may_replace=may_replace)
+                )
+            return self._train(config, seeds, test, on_epoch, should_stop, state, writer)
+
+    def _train(
+        self,
+        config: TrialConfig,
+        seeds: int,
+        test: bool,
+        on_epoch: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+        state: dict[str, Any],
+        writer: CheckpointWriter | None,
+    ) -> float:
         finished: list[list[EpochResult]] = [
             [EpochResult(**r) for r in history] for history in state["finished"]
         ]
         for index, history in enumerate(finished):
             for result in history:
                 on_epoch(self._progress(config, finished[:index], result))
-        settings = config.as_dict()
+        settings = json.dumps(config.as_dict())
         for index in range(len(finished), seeds):
             training = self._training(config, config.seed + index, should_stop)
             if state["training"] is not None:
                 training.load_state_dict(state["training"])
                 state["training"] = None
+            before = json.dumps([[vars(r) for r in history] for history in finished])
+            lines: list[str] = []
             for result in training.history:
+                lines.append(json.dumps(vars(result)))
                 on_epoch(self._progress(config, finished, result))
             for result in training.run():
-                if checkpoints is not None:
-                    kept = {
-                        "config": settings,
-                        "data_fingerprint": self._dataset.fingerprint,
-                        "finished": [[vars(r) for r in history] for history in finished],
-                        "training": training.state_dict(),
-                    }
-                    checkpoints.save(key, _histories_as_text(kept))
+                lines.append(json.dumps(vars(result)))
+                if writer is not None:
+                    # What is long and no tensor is text: to go through thousands of numbers takes
+                    # milliseconds. JSON as Python writes it gives every float back as it was.
+                    text = f"[{', '.join(lines)}]"
+                    writer.save(
+                        {
+                            "config": settings,
+                            "data_fingerprint": self._dataset.fingerprint,
+                            "finished": before,
+                            "training": {**training.state_dict(), "history": text},
+                        }
+                    )
+                # Not once the checkpoint is on the disk: pruner and budgets are asked about every
+                # epoch before the next begins. An epoch that was reported and not yet saved when
+                # its worker was killed is forgotten, trained again and reported again, with the
+                # same numbers.
                 on_epoch(self._progress(config, finished, result))
             finished.append(training.history)
             if test:
@@ -222,12 +264,13 @@ class Objective:
         state = checkpoints.load(key) if checkpoints is not None else None
         if state is None:
             return fresh
+        state = _parsed(state)
         # An earlier version did not know all settings; it trained as their defaults do.
         of = {**TrialConfig.build({}).as_dict(), **state.get("config", {})}
         if (of, state.get("data_fingerprint")) != (config.as_dict(), self._dataset.fingerprint):
             logger.warning("the checkpoint of %s is of other settings; starting anew", key)
             return fresh
-        return _histories_from_text(state)
+        return state
 
     @property
     def fingerprint(self) -> str:
@@ -528,23 +571,16 @@ def prepare_process(device: torch.device, threads: int, gpu_memory: int | None =
         torch.backends.cudnn.deterministic = True
 
 
-def _histories_as_text(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint whose histories are texts: of a thousand numbers, pickling takes milliseconds.
-
-    JSON as Python writes it gives every float back as it was.
-    """
-    training = {**state["training"], "history": json.dumps(state["training"]["history"])}
-    return {**state, "finished": json.dumps(state["finished"]), "training": training}
-
-
-def _histories_from_text(state: dict[str, Any]) -> dict[str, Any]:
-    """What `_histories_as_text` was given; earlier versions kept that itself."""
-    state, training = dict(state), state["training"]
-    if isinstance(state["finished"], str):
-        state["finished"] = json.loads(state["finished"])
+def _parsed(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the values that stand in it as texts; earlier versions kept these."""
+    parsed = {**state}
+    for name in ("config", "finished"):
+        if isinstance(state.get(name), str):
+            parsed[name] = json.loads(state[name])
+    training = state.get("training")
     if training is not None and isinstance(training["history"], str):
-        state["training"] = {**training, "history": json.loads(training["history"])}
-    return state
+        parsed["training"] = {**training, "history": json.loads(training["history"])}
+    return parsed
 
 
 def _keep_freed_memory() -> None:

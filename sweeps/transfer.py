@@ -1,8 +1,8 @@
 """`sweep export` and `sweep import`: a sweep as one file, and what two stores have computed as one.
 
-The export is one read transaction, while workers run. A worker saves a checkpoint and then
-reports its epoch, so a checkpoint that is copied after the snapshot may be ahead of the curve in
-it; a resumed trial reports the epochs that are missing. A checkpoint that is behind the curve
+The export is one read transaction, while workers run. A checkpoint that is copied after the
+snapshot may be ahead of the curve in it; a resumed trial reports the epochs that are missing. One
+that is behind the curve, as a worker reports an epoch while its checkpoint is still being written,
 has the rest trained again (:meth:`storage.trials.TrialQueue.forget_steps`). Both end in the same
 curve.
 

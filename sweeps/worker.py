@@ -245,6 +245,22 @@ class Worker:
         with contextlib.suppress(StopRequestedError):
             with_retries(session.record)
 
+    def _may_hold(self, claim: Claim, lost: threading.Event) -> bool:
+        """Whether the claim's trial is this worker's still, as far as can be known.
+
+        A worker that was frozen wakes up with a checkpoint half-written or an epoch half-trained,
+        and another may have gone on from where it was. Its lease is too old then by its own clock.
+        """
+        hold = self._hold
+        if lost.is_set() or hold is None:
+            return False
+        if time.monotonic() - hold.beat < self._options.lease_seconds:
+            return True
+        try:
+            return self._queue.owns(claim, total_seconds=0)
+        except Exception:  # nobody takes a trial over through a store that does not answer
+            return True
+
     def _keep(self, ended: threading.Event) -> None:
         """Look after the held trial, from a thread of its own, until `ended`."""
         between_beats = self._options.lease_seconds / 4
@@ -321,6 +337,7 @@ class Worker:
                 should_stop=lambda: self._stop.is_set() or lost.is_set(),
                 checkpoints=self._checkpoints,
                 key=key,
+                may_replace=lambda: self._may_hold(claim, lost),
             )
             state, attrs = TrialState.COMPLETE, {OUTCOME: "complete"}
         except _Pruned:
@@ -467,8 +484,8 @@ class Worker:
     ) -> _Reporter:
         """What hears of the epochs; steps that no checkpoint here covers are forgotten first.
 
-        They were reported by a worker whose checkpoints are elsewhere or lost, and will be
-        trained again.
+        They were reported by a worker that was killed before it had written the last one's, or
+        whose checkpoints are elsewhere or lost, and will be trained again.
         """
         reported = trial._cached_frozen_trial.last_step
         if reported is not None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
 import resource
 import signal
 import string
+import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage import checkpoints
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -232,6 +236,182 @@ def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
     store.path(KEY).mkdir()
     with pytest.raises(CheckpointError, match="cannot read checkpoint"):
         store.load(KEY)
+
+
+def unwritable(tmp_path: Path) -> CheckpointStore:
+    (tmp_path / "file").touch()
+    return CheckpointStore(tmp_path / "file")
+
+
+def writers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("checkpoint")]
+
+
+def test_a_writer_saves_the_state_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the caller does next, and while the disk keeps it waiting."""
+    store = CheckpointStore(tmp_path)
+    changed = threading.Event()
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert changed.wait(60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    changing = state(1)
+    with store.writer(KEY) as writer:
+        writer.save(changing)
+        changing["model"]["weight"].fill_(2.0)
+        changing["lr"].append(0.3)
+        changing["step"] = 2
+        changed.set()
+        writer.wait()
+        loaded = store.load(KEY)
+        assert loaded is not None
+        assert is_whole(loaded)
+        assert (loaded["step"], loaded["lr"]) == (1, [0.1, 0.2])
+        writer.save(changing)
+        assert writers()
+    assert not writers()
+    loaded = store.load(KEY)
+    assert loaded is not None
+    assert is_whole(loaded)
+    assert (loaded["step"], loaded["lr"]) == (2, [0.1, 0.2, 0.3])
+
+
+def test_a_disk_that_is_slower_than_the_caller_makes_it_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    order: list[str] = []
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        order.append("written")
+        fsync(descriptor)
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, dict) and "step" in value:
+            order.append("copied")
+        return copy(value)
+
+    copy = checkpoints._copied
+    monkeypatch.setattr(checkpoints, "_copied", copied)
+    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(CheckpointStore, "_sync_folder", lambda self: None)
+    with store.writer(KEY) as writer:
+        for step in (1, 2, 3):
+            writer.save(state(step))
+    assert order == ["copied", "written"] * 3
+
+
+def test_states_that_come_faster_than_they_are_written_are_passed_over(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    with store.writer(KEY, every=3600) as writer:
+        for step in (1, 2, 3):
+            writer.save(state(step))
+            if step == 2:
+                first = store.load(KEY)
+    last = store.load(KEY)
+    assert first is not None
+    assert last is not None
+    assert (first["step"], last["step"]) == (1, 3)
+
+
+def test_a_write_that_failed_is_told_with_the_next_or_at_the_end(tmp_path: Path) -> None:
+    store = unwritable(tmp_path)
+    refused = r"cannot save checkpoint .* \(File exists\); free some space there"
+    writer = store.writer(KEY)
+    writer.save(state(1))
+    with pytest.raises(CheckpointError, match=refused):
+        writer.save(state(2))
+    writer.wait()  # told once
+    writer.save(state(3))
+    with pytest.raises(CheckpointError, match=refused):
+        writer.close()
+    assert not writers()
+
+
+@pytest.mark.parametrize("end", [ValueError, KeyboardInterrupt])
+def test_a_write_that_failed_is_told_instead_of_what_ended_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, end: type[BaseException]
+) -> None:
+    told = CheckpointError if issubclass(end, Exception) else end
+
+    def work() -> None:
+        with unwritable(tmp_path).writer(KEY) as writer:
+            writer.save(state(1))
+            raise end
+
+    with pytest.raises(told):
+        work()
+    assert ("cannot save checkpoint" in caplog.text) == (told is end)
+    assert not writers()
+
+
+def test_a_writer_that_may_not_replace_leaves_what_is_there(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(KEY, state(5))
+    allowed = [True, False]
+    with store.writer(KEY, may_replace=lambda: allowed.pop()) as writer:
+        writer.save(state(3))
+        writer.wait()
+        loaded = store.load(KEY)
+        assert loaded is not None
+        assert loaded["step"] == 5
+        writer.save(state(4))
+    loaded = store.load(KEY)
+    assert loaded is not None
+    assert loaded["step"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == [store.path(KEY).name]
+
+
+def odd_state() -> dict[str, Any]:
+    """What states may hold beside weights in rows."""
+    images = torch.randn(2, 3, 4, 5)
+    return {
+        "module": torch.nn.BatchNorm2d(3).state_dict(),
+        "channels last": images.to(memory_format=torch.channels_last),
+        "part": images[:, ::2, 1:, ::2],
+        "scalar": torch.tensor(1.5, dtype=torch.float64),
+        "kinds": [torch.tensor([1, -(2**62)]), torch.tensor([0.1, float("nan")]).bfloat16()],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "pair": (1, (2.5, "x")),
+        3: {0: {"momentum": torch.arange(4.0)}, (1, 2): "key"},
+    }
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(
+            ours, theirs.detach(), rtol=0, atol=0, equal_nan=True, check_layout=True
+        )
+        if theirs.layout is torch.strided and theirs.nbytes == theirs.untyped_storage().nbytes():
+            assert ours.stride() == theirs.stride()
+        assert not ours.requires_grad
+        return
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for key in theirs:
+            assert_same(ours[key], theirs[key])
+        assert vars(ours) == vars(theirs) if isinstance(theirs, OrderedDict) else True
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    else:
+        assert ours == theirs
+
+
+def test_whatever_a_state_holds_comes_back_as_it_was(tmp_path: Path) -> None:
+    store, odd = CheckpointStore(tmp_path), odd_state()
+    with store.writer(KEY) as writer:
+        writer.save(odd)
+    loaded = store.load(KEY)
+    assert_same(loaded, odd)
 
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

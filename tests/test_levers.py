@@ -432,8 +432,9 @@ def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_with(tmp_path: Pa
         run.run(made, seeds=1, on_epoch=stop_after(2), checkpoints=checkpoints, key="trial")
     state = checkpoints.load("trial")
     assert state is not None
-    del state["config"]["compile"]
     # As they once were kept.
+    state["config"] = json.loads(state["config"])
+    del state["config"]["compile"]
     state["finished"] = json.loads(state["finished"])
     state["training"]["history"] = json.loads(state["training"]["history"])
     checkpoints.save("trial", state)

@@ -167,7 +167,7 @@ def test_finished_trials_keep_the_checkpoints_that_the_rule_names(
     if keep == "best":
         kept = checkpoints.load(f"tiny/{best.number}")
         assert kept is not None
-        assert kept["config"]["peak_lr"] == best.params["peak_lr"]
+        assert json.loads(kept["config"])["peak_lr"] == best.params["peak_lr"]
         assert json.loads(kept["training"]["history"])[-1]["val_accuracy"] == best.accuracy
 
 

@@ -1,5 +1,7 @@
 """The pull loop in one process: what it claims, reports and tells, and what it survives."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -9,21 +11,24 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from helpers import begin, environment, make_spec, make_worker, trials, url, wait_until
 from optuna.trial import TrialState
 
+from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
 from storage.leases import LEASE_ATTR
 from storage.trials import Claim, TrialQueue
 from sweeps import worker as worker_module
 from sweeps.attributes import CURVES, PROVENANCE
+from sweeps.config import TrialConfig
 from sweeps.errors import SpecError, SweepError
-from sweeps.objective import Objective, Progress
+from sweeps.objective import Objective, Progress, open_dataset
 from sweeps.search import SAMPLERS
 from sweeps.status import read_status
 from sweeps.studies import stored_sweep
 from sweeps.training.loop import Diverged, Interrupted
-from sweeps.worker import StopRequest
+from sweeps.worker import StopRequest, Worker, WorkerOptions
 
 
 def test_the_budget_is_met_exactly_and_trials_say_what_they_were(tmp_path: Path) -> None:
@@ -240,6 +245,184 @@ def test_a_worker_that_died_between_report_and_question_leaves_the_question(tmp_
     make_worker(tmp_path).run()
     (trial,) = trials(tmp_path)
     assert (trial.state, trial.last_step) == (TrialState.PRUNED, 2)
+
+
+DIES_WHILE_IT_SAVES = """
+import os, threading
+import optuna
+from sweeps import objective
+from sweeps.cli import main
+objective.CHECKPOINT_SECONDS = 0.0
+saved, fsync = [], os.fsync
+def stuck(descriptor):
+    if "checkpoint" in threading.current_thread().name:
+        saved.append(descriptor)
+        if len(saved) > {saves}:
+            threading.Event().wait()
+    fsync(descriptor)
+os.fsync = stuck
+asked = []
+def should_prune(self):
+    asked.append(self)
+    if len(asked) == {epochs}:
+        os._exit(9)
+    return False
+optuna.Trial.should_prune = should_prune
+main()
+"""
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_an_epoch_whose_checkpoint_was_not_written_yet_is_trained_again(
+    tmp_path: Path, seeds: int
+) -> None:
+    """Killed after the report and before the rename: the epoch is forgotten, then as it was."""
+    spec = make_spec(train={"epochs": 2}, budget={"trials": 1, "seeds": seeds})
+    (tmp_path / "whole").mkdir()
+    begin(tmp_path / "whole", spec)
+    make_worker(tmp_path / "whole").run()
+    store = begin(tmp_path, spec)
+    # The last folder to be flushed belongs to the first checkpoint, too.
+    last = 2 * seeds - 1
+    code = DIES_WHILE_IT_SAVES.format(saves=last, epochs=last)
+    died = subprocess.run(
+        [sys.executable, "-c", code, "worker", "tiny", "--threads", "1"],
+        cwd=tmp_path, env={**environment(), "SWEEP_CHECKPOINT_DIR": str(tmp_path / "checkpoints")},
+        check=False,
+    )  # fmt: skip
+    assert died.returncode == 9
+    (trial,) = trials(tmp_path)
+    assert (trial.state, trial.last_step) == (TrialState.RUNNING, last)
+    (study,) = stored_sweep(store, "tiny").studies
+    config = spec.config(study.cell, trial.params)
+    objective = Objective(open_dataset(config, None), torch.device("cpu"))
+    checkpoints = CheckpointStore(tmp_path / "checkpoints")
+    assert objective.completed_steps(config, checkpoints, "tiny/0") == last - 1
+    make_worker(tmp_path).run()
+    (whole,), (resumed,) = trials(tmp_path / "whole"), trials(tmp_path)
+    assert resumed.state == TrialState.COMPLETE
+    assert resumed.params == whole.params
+    assert resumed.intermediate_values == whole.intermediate_values
+    assert resumed.system_attrs[LEASE_ATTR]["attempt"] == 2
+    for name in ("train_loss", "val_loss", "val_accuracy", "lr"):
+        assert resumed.system_attrs[CURVES][name] == whole.system_attrs[CURVES][name]
+
+
+FREEZES_WHILE_IT_SAVES = """
+import os, signal, threading
+from sweeps import objective
+from sweeps.cli import main
+objective.CHECKPOINT_SECONDS = 0.0
+saved, fsync = [], os.fsync
+def freezing(descriptor):
+    if "checkpoint" in threading.current_thread().name:
+        saved.append(descriptor)
+        if len(saved) == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+    fsync(descriptor)
+os.fsync = freezing
+main()
+"""
+
+
+def test_a_worker_that_was_frozen_does_not_put_back_its_checkpoint(tmp_path: Path) -> None:
+    store = begin(tmp_path, make_spec(budget={"trials": 1}))
+    checkpoints = CheckpointStore(tmp_path / "checkpoints")
+    frozen = subprocess.Popen(
+        [
+            sys.executable, "-c", FREEZES_WHILE_IT_SAVES,
+            "worker", "tiny", "--threads", "1", "--lease-seconds", "1",
+        ],
+        cwd=tmp_path, env={**environment(), "SWEEP_CHECKPOINT_DIR": str(checkpoints.root)},
+    )  # fmt: skip
+    try:
+        assert os.WIFSTOPPED(os.waitpid(frozen.pid, os.WUNTRACED)[1])
+        options = WorkerOptions(
+            worker_id="w", device=torch.device("cpu"), poll_seconds=0.05, lease_seconds=1
+        )
+        Worker(store, checkpoints, "tiny", options, StopRequest()).run()
+        (trial,) = trials(tmp_path)
+        assert (trial.state, trial.system_attrs[LEASE_ATTR]["attempt"]) == (TrialState.COMPLETE, 2)
+        written = checkpoints.path("tiny/0").read_bytes()
+        frozen.send_signal(signal.SIGCONT)
+        assert frozen.wait(120) == 0
+    finally:
+        frozen.kill()
+        frozen.wait()
+    assert checkpoints.path("tiny/0").read_bytes() == written
+    assert [file.name for file in checkpoints.root.iterdir()] == [checkpoints.path("tiny/0").name]
+    (trial,) = trials(tmp_path)
+    assert sorted(trial.intermediate_values) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("end", ["stop", "prune", "diverge", "raise"])
+def test_whatever_ends_a_trial_its_last_epoch_is_on_the_disk_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    ends = {"stop": Interrupted(), "diverge": Diverged("so", 2), "raise": RuntimeError("so")}
+    reached = threading.Event()
+    fsync, run = os.fsync, Objective.run
+    covered: list[int] = []
+    flushed: list[int] = []
+
+    def slow(descriptor: int) -> None:
+        flushed.append(descriptor)
+        if len(flushed) == 3:  # after the first checkpoint and its folder
+            assert reached.wait(60)
+        fsync(descriptor)
+
+    def running(
+        self: Objective, config: TrialConfig, *, on_epoch: Callable[[Progress], None], **kw: Any
+    ) -> float:
+        def ending(progress: Progress) -> None:
+            if progress.step == 2:
+                reached.set()
+            on_epoch(progress)
+            if progress.step == 2:
+                raise ends[end]
+
+        try:
+            return run(self, config, on_epoch=ending, **kw)
+        finally:
+            covered.append(self.completed_steps(config, kw["checkpoints"], kw["key"]))
+            assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
+
+    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(Objective, "run", running)
+    pruner = {"type": "ThresholdPruner", "lower": 0.999, "n_warmup_steps": 2}
+    begin(tmp_path, make_spec(pruner=pruner if end == "prune" else {"type": "NopPruner"},
+                              budget={"trials": 1}))  # fmt: skip
+    monkeypatch.setattr(worker_module, "MAX_FAILURES", 1)
+    stop = StopRequest()
+    monkeypatch.setattr(TrialQueue, "release", lambda self, claim: stop.set())
+    make_worker(tmp_path, stop=stop).run()
+    assert covered == [2]
+
+
+FINDS_THE_DISK_FULL = """
+import errno, os, threading
+from sweeps.cli import main
+def full(descriptor):
+    if "checkpoint" in threading.current_thread().name:
+        raise OSError(errno.ENOSPC, "No space left on device")
+os.fsync = full
+main()
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_worker(tmp_path: Path) -> None:
+    begin(tmp_path, make_spec(budget={"trials": 1}))
+    done = subprocess.run(
+        [sys.executable, "-c", FINDS_THE_DISK_FULL, "worker", "tiny", "--threads", "1"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "cannot save checkpoint" in line]
+    assert line.endswith("(No space left on device); free some space there")
+    assert "Traceback" not in done.stderr
+    (trial,) = trials(tmp_path)
+    assert trial.state == TrialState.WAITING
+    assert not list(tmp_path.glob("*.checkpoints/*"))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: Any) -> None:

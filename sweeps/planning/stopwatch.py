@@ -106,6 +106,7 @@ class Stopwatch(Objective):
         should_stop: Callable[[], bool] = lambda: False,
         checkpoints: CheckpointStore | None = None,
         key: str = "",
+        may_replace: Callable[[], bool] = lambda: True,
     ) -> float:
         """As `Objective.run`, until the seconds are over.
 
@@ -141,9 +142,11 @@ class Stopwatch(Objective):
                     should_stop=lambda: watch() or should_stop(),
                     checkpoints=checkpoints,
                     key=key,
+                    may_replace=may_replace,
                 )
             finally:
                 run.ended = time.perf_counter()
+                self._weigh(checkpoints, key)  # a single epoch's is on the disk only now
         except (RuntimeError, MemoryError, ValueError) as error:
             lines = str(error).strip().splitlines() or [""]
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -291,13 +294,14 @@ class Stopwatch(Objective):
         return took * images / few
 
     def _saving(self, checkpoints: CheckpointStore | None) -> float:
-        """Seconds that saving and reporting takes."""
+        """Seconds that an epoch waits for its checkpoint and report."""
         assert self._latest is not None
         if checkpoints is None:
             return OVERHEAD_SECONDS
-        began = time.perf_counter()
-        checkpoints.save("weighed", {"training": self._latest.state_dict()})
-        took = time.perf_counter() - began
+        with checkpoints.writer("weighed") as writer:
+            began = time.perf_counter()
+            writer.save({"training": self._latest.state_dict()})
+            took = time.perf_counter() - began
         self._weigh(checkpoints, "weighed")
         checkpoints.delete("weighed")
         return took + OVERHEAD_SECONDS

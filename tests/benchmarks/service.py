@@ -9,7 +9,9 @@ Each row is measured on real commands, workers and trainings, and printed beside
   time of its first training forward pass.
 - `gap`: milliseconds from a trial's end in the store to the first update of the worker's next.
 - `share`: of a trial of 20 s and 60 epochs, what is not training or scoring: claim, suggestion,
-  reports, checkpoints, result. Measured as what 60 epochs take beyond their own time.
+  reports, checkpoints, result. On the clock, what 60 epochs take beyond their own time. Of the
+  processor, what all threads of the worker take beyond the training's own, so that checkpoints
+  which are written beside the next epoch count in full.
 - `memory`: resident memory of one worker after 100, 500 and 1,000 trials.
 - `footprint`: what a worker is planned to take, and what one took, for trainings of several sizes.
 - `packing`: trials an hour of `fixup-largebatch --quick` with `--workers auto` against one worker
@@ -131,7 +133,8 @@ class Clock:
 
     Attributes:
         begun: before the first update of each trial.
-        trained: that each trial spent in updates and in scoring.
+        trained: that each trial spent in updates and in scoring; of the processor, what the thread
+            that trains took.
         ended: when each trial's result was in the store.
     """
 
@@ -165,12 +168,12 @@ def in_process(
     run_epoch = Training._run_epoch
 
     def timed_epoch(self: Training, epoch: int) -> EpochResult:
-        began = now()
         if epoch == 0:
-            clock.begun.append(began)
+            clock.begun.append(now())
             clock.trained.append((0.0, 0.0))
+        began = time.perf_counter(), time.thread_time()
         result = run_epoch(self, epoch)
-        ended, (wall, cpu) = now(), clock.trained[-1]
+        ended, (wall, cpu) = (time.perf_counter(), time.thread_time()), clock.trained[-1]
         clock.trained[-1] = (wall + ended[0] - began[0], cpu + ended[1] - began[1])
         return result
 
