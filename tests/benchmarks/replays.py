@@ -5,7 +5,7 @@
 
 Nothing is trained: each trial's curve is read from a table (see `curves.py`), and what a
 strategy does with it is real: real Optuna studies, samplers and pruners, and of ours the product's
-own. A sweep is three studies, one for each batch size of the table, that take turns trial by
+own. A sweep has a study for each batch size of the table; they take turns trial by
 trial, as one worker runs them; where settings are carried, with the product's head start. What a
 sampler suggests is snapped to the nearest setting of the grid that the study has not tried, and
 stored so: in a space that is not a grid, a sampler that closes in on a place tries another setting
