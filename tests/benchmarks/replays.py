@@ -5,11 +5,11 @@
 
 Nothing is trained: each trial's curve is read from a table (see `curves.py`), and what a
 strategy does with it is real: real Optuna studies, samplers and pruners, and of ours the product's
-own. A sweep has a study for each batch size of the table; they take turns trial by
-trial, as one worker runs them; where settings are carried, with the product's head start. What a
-sampler suggests is snapped to the nearest setting of the grid that the study has not tried, and
-stored so: in a space that is not a grid, a sampler that closes in on a place tries another setting
-each time, with another outcome.
+own. A sweep has a study for each batch size of the table. They take turns trial by trial, as one
+worker runs them; where settings are carried, with the product's head start. What a sampler suggests
+is snapped to the nearest setting of the grid that the study has not tried, and stored so: in a
+space that is not a grid, a sampler that closes in on a place tries another setting each time, with
+another outcome.
 
 What a strategy sees of a setting is either the mean of its seeds' curves, where a setting ends as
 its first seed to diverge does (the headline), or the curve of one seed, another for each replay.
