@@ -410,7 +410,7 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        for one_seed in (False, True):
+        for one_seed in (False, True) if len(table.seeds) > 1 else (False,):
             print("\nOne seed's curves:" if one_seed else "\nMean curves:")
             for name in args.strategies:
                 jobs = [(args.table, name, args.seed + i, one_seed) for i in range(args.replays)]
