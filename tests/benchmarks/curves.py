@@ -1,15 +1,17 @@
-"""A table of full learning curves, for `replays.py` to try search strategies on without training.
+"""Tables of full learning curves, for `replays.py` to try search strategies on without training.
 
-    python tests/benchmarks/curves.py --records curves.jsonl [--processes 2] [--pack]
+    python tests/benchmarks/curves.py --records curves.jsonl [--question groupnorm-plateau]
+        [--processes 2] [--pack]
 
-The question of `fixup-largebatch` on noisy digits: Fixup on ten devices of two classes each, with
-every setting of a grid (peak learning rate x length of the warmup x gradient clipping) at batch 80,
-160 and 320, with three seeds, for 40 epochs under a cosine schedule. What is trained is the
+The question of a preset on noisy digits: ten devices of two classes each, with every setting of a
+grid (peak learning rate x length of the warmup x gradient clipping) at several batch sizes, for 40
+epochs. `fixup-cosine` has 120 settings at batch 80, 160 and 320, with three seeds;
+`groupnorm-plateau`, of a smaller model, 24 settings at 80 and 320, with one. What is trained is the
 product's own `Objective`, which ends dead and exploded trainings as it does in a sweep.
 
 Each curve is appended to `--records` as it ends. A run that was stopped goes on where it was:
 the same command trains what is missing. When nothing is, or at once with `--pack`, the records
-become `curves.npz` beside this file:
+become the question's table beside this file (`curves.npz`, `curves-groupnorm-plateau.npz`):
 
 - `correct`: uint16 [batches, settings, seeds, epochs], validation images classified correctly
   after each epoch; 65535 where there was none.
@@ -17,6 +19,8 @@ become `curves.npz` beside this file:
 - `cost`: float32 [batches, settings, seeds], epochs trained, the last one's share of updates
   included where it broke off.
 - `seconds`: float32 [batches, settings, seeds], of one core.
+- `lr`: float32 [batches, settings, seeds, epochs], learning rate of each epoch's last update, NaN
+  where there was none. Only where the schedule is `plateau`: another's follows from the settings.
 - `peak_lr`, `warmup_epochs`, `clip_grad_norm` (0 is "off"), `batches`: what the axes are;
   settings are in the order of the product of the first three.
 - `about`: JSON: the command, date, versions, processor, size of the validation split, and the
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import multiprocessing
@@ -35,18 +40,13 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = Path(__file__).with_name("curves.npz")
-
-PEAK_LRS = tuple(round(0.02 * 50 ** (i / 9), 6) for i in range(10))  # 0.02 to 1, by equal factors
-WARMUPS = (0.0, 4.0, 8.0, 16.0)
-CLIPS: tuple[str | float, ...] = ("off", 0.5, 1.0)
-BATCHES = (80, 160, 320)
-SEEDS = (0, 1, 2)
 EPOCHS = 40
 NONE = 65535
 ENDS = ("missing", "complete", "dead", "exploded")
@@ -58,15 +58,75 @@ TRAIN: dict[str, Any] = {
     "augment": "none",
     "model": "resnet18",
     "width_factor": 0.125,
-    "norm": "fixup",
     "num_devices": 10,
     "split": "classes",
     "classes_per_device": 2,
     "assignment": "pairs",
     "epochs": EPOCHS,
-    "scalar_lr_factor": 0.1,
-    "schedule": "cosine",
     "warmup_start_factor": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a table is of.
+
+    Attributes:
+        table: the file.
+        train: what all settings share.
+        peak_lrs: the grid's first axis.
+        warmups: its second, in epochs.
+        clips: its third.
+        batches: each a study.
+        seeds: of each setting's trainings.
+    """
+
+    table: Path
+    train: Mapping[str, Any]
+    peak_lrs: Sequence[float]
+    warmups: Sequence[float]
+    clips: Sequence[str | float]
+    batches: Sequence[int]
+    seeds: Sequence[int]
+
+    def settings(self) -> list[tuple[float, float, str | float]]:
+        """Every setting of the grid: peak learning rate, warmup epochs, clipping."""
+        return list(itertools.product(self.peak_lrs, self.warmups, self.clips))
+
+
+def peak_lrs(count: int) -> tuple[float, ...]:
+    """Learning rates from 0.02 to 1, by equal factors."""
+    return tuple(round(0.02 * 50 ** (i / (count - 1)), 6) for i in range(count))
+
+
+QUESTIONS = {
+    "fixup-cosine": Question(
+        table=Path(__file__).with_name("curves.npz"),
+        train={**TRAIN, "norm": "fixup", "scalar_lr_factor": 0.1, "schedule": "cosine"},
+        peak_lrs=peak_lrs(10),
+        warmups=(0.0, 4.0, 8.0, 16.0),
+        clips=("off", 0.5, 1.0),
+        batches=(80, 160, 320),
+        seeds=(0, 1, 2),
+    ),
+    "groupnorm-plateau": Question(
+        table=Path(__file__).with_name("curves-groupnorm-plateau.npz"),
+        train={
+            **TRAIN,
+            "model": "resnet8",
+            "width_factor": 0.25,
+            "norm": "group",
+            "num_groups": 2,
+            "schedule": "plateau",
+            "plateau_factor": 0.1,
+            "plateau_patience": 5,
+        },
+        peak_lrs=peak_lrs(6),
+        warmups=(0.0, 16.0),
+        clips=("off", 0.5),
+        batches=(80, 320),
+        seeds=(0,),
+    ),
 }
 
 
@@ -78,49 +138,46 @@ class Curve(NamedTuple):
     setting: int
 
 
-def settings() -> list[tuple[float, float, str | float]]:
-    """Every setting of the grid: peak learning rate, warmup epochs, clipping."""
-    return list(itertools.product(PEAK_LRS, WARMUPS, CLIPS))
-
-
-def train(curve: Curve) -> dict[str, Any]:
+def train(question: str, curve: Curve) -> dict[str, Any]:
     """Train one curve to its end; return its record."""
     import torch
 
     from sweeps.config import TrialConfig
-    from sweeps.objective import Objective, open_dataset
+    from sweeps.objective import Objective, Progress, open_dataset
     from sweeps.training.loop import Diverged
 
     torch.set_num_threads(1)
-    peak_lr, warmup_epochs, clip = settings()[curve.setting]
+    asked = QUESTIONS[question]
+    peak_lr, warmup_epochs, clip = asked.settings()[curve.setting]
     config = TrialConfig.build(
         {
-            **TRAIN,
-            "global_batch_size": BATCHES[curve.batch],
+            **asked.train,
+            "global_batch_size": asked.batches[curve.batch],
             "peak_lr": peak_lr,
             "warmup_epochs": warmup_epochs,
             "clip_grad_norm": clip,
-            "seed": SEEDS[curve.seed],
+            "seed": asked.seeds[curve.seed],
         }
     )
     global _objective
     if _objective is None:
         _objective = Objective(open_dataset(config, None), torch.device("cpu"))
     sizes = _objective.sizes(config)
-    scores: list[float] = []
+    epochs: list[Progress] = []
     started = time.process_time()
     end, reason = "complete", ""
     cost = float(EPOCHS)
     try:
-        _objective.run(config, seeds=1, on_epoch=lambda progress: scores.append(progress.score))
+        _objective.run(config, seeds=1, on_epoch=epochs.append)
     except Diverged as diverged:
         reason = str(diverged)
         update = re.search(r"update (\d+)$", reason)
         end = "exploded" if update else "dead"
-        cost = (int(update[1]) + 1) / sizes.updates_per_epoch if update else float(len(scores))
+        cost = (int(update[1]) + 1) / sizes.updates_per_epoch if update else float(len(epochs))
     return {
         "curve": list(curve),
-        "correct": [round(score * sizes.val_images) for score in scores],
+        "correct": [round(epoch.score * sizes.val_images) for epoch in epochs],
+        "lr": [epoch.result.lr for epoch in epochs],
         "val_images": sizes.val_images,
         "end": end,
         "reason": reason,
@@ -144,21 +201,28 @@ def read(path: Path) -> dict[Curve, dict[str, Any]]:
     return found
 
 
-def pack(records: dict[Curve, dict[str, Any]]) -> None:
-    """Write the table."""
+def pack(question: str, records: dict[Curve, dict[str, Any]]) -> None:
+    """Write the question's table."""
     import numpy as np
 
-    shape = (len(BATCHES), len(settings()), len(SEEDS))
+    asked = QUESTIONS[question]
+    shape = (len(asked.batches), len(asked.settings()), len(asked.seeds))
     correct = np.full((*shape, EPOCHS), NONE, dtype=np.uint16)
     end = np.zeros(shape, dtype=np.uint8)
     cost, seconds = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+    rates: dict[str, Any] = {}
+    if asked.train["schedule"] == "plateau":
+        rates["lr"] = np.full((*shape, EPOCHS), np.nan, dtype=np.float32)
     for curve, record in records.items():
         at = (curve.batch, curve.setting, curve.seed)
         correct[(*at, slice(len(record["correct"])))] = record["correct"]
+        for name, values in rates.items():
+            values[(*at, slice(len(record[name])))] = record[name]
         end[at] = ENDS.index(record["end"])
         cost[at], seconds[at] = record["cost"], record["seconds"]
     about = {
-        "command": "python tests/benchmarks/curves.py --records curves.jsonl",
+        "command": "python tests/benchmarks/curves.py --records curves.jsonl"
+        f" --question {question}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {n: metadata.version(n) for n in ("torch", "numpy", "scikit-learn")},
         "python": platform.python_version(),
@@ -166,21 +230,23 @@ def pack(records: dict[Curve, dict[str, Any]]) -> None:
         "val_images": next(iter(records.values()))["val_images"],
         "epochs": EPOCHS,
         "ends": ENDS,
-        "train": TRAIN,
+        "train": asked.train,
     }
     np.savez_compressed(
-        TABLE,
+        asked.table,
+        **rates,
         correct=correct,
         end=end,
         cost=cost,
         seconds=seconds,
-        peak_lr=np.array(PEAK_LRS),
-        warmup_epochs=np.array(WARMUPS),
-        clip_grad_norm=np.array([0.0 if clip == "off" else float(clip) for clip in CLIPS]),
-        batches=np.array(BATCHES),
+        peak_lr=np.array(asked.peak_lrs),
+        warmup_epochs=np.array(asked.warmups),
+        clip_grad_norm=np.array([0.0 if clip == "off" else float(clip) for clip in asked.clips]),
+        batches=np.array(asked.batches),
         about=np.array(json.dumps(about)),
     )
-    print(f"{TABLE.name}: {len(records)} curves, {TABLE.stat().st_size / 1024:.0f} KiB")
+    size = asked.table.stat().st_size / 1024
+    print(f"{asked.table.name}: {len(records)} curves, {size:.0f} KiB")
 
 
 def _processor() -> str:
@@ -193,17 +259,18 @@ def main() -> None:
     """Parse, train what is missing, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--question", choices=[*QUESTIONS], default="fixup-cosine")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--pack", action="store_true", help="Train nothing; write what there is.")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    records = read(args.records)
+    asked, records = QUESTIONS[args.question], read(args.records)
     # Seed after seed, so that a part of the table is a whole one with fewer seeds.
     every = [
         Curve(seed, batch, setting)
-        for seed in range(len(SEEDS))
-        for batch in (2, 0, 1)
-        for setting in range(len(settings()))
+        for seed in range(len(asked.seeds))
+        for batch in (len(asked.batches) - 1, *range(len(asked.batches) - 1))
+        for setting in range(len(asked.settings()))
     ]
     missing = [] if args.pack else [curve for curve in every if curve not in records]
     started = time.monotonic()
@@ -211,7 +278,9 @@ def main() -> None:
     with args.records.open("a") as file, context.Pool(args.processes) as pool:
         if file.tell():
             file.write("\n")  # the last line may have been cut off
-        for done, record in enumerate(pool.imap_unordered(train, missing), start=1):
+        for done, record in enumerate(
+            pool.imap_unordered(functools.partial(train, args.question), missing), start=1
+        ):
             records[Curve(*record["curve"])] = record
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -220,7 +289,7 @@ def main() -> None:
                 print(
                     f"{len(records)} of {len(every)} curves, {left / 60:.0f} min left", flush=True
                 )
-    pack(records)
+    pack(args.question, records)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Epochs until a sweep has found a good setting in each of its studies, by search strategy.
 
     python tests/benchmarks/replays.py [--replays 60] [--seed 1000] [--strategies NAME ...]
+        [--table tests/benchmarks/curves-groupnorm-plateau.npz]
 
-Nothing is trained: each trial's curve is read from `curves.npz` (see `curves.py`), and what a
+Nothing is trained: each trial's curve is read from a table (see `curves.py`), and what a
 strategy does with it is real: real Optuna studies, samplers and pruners, and of ours the product's
-own. A sweep is three studies, one for each batch size of the table, that take turns trial by
-trial, as one worker runs them; where settings are carried, with the product's head start. What a
-sampler suggests is snapped to the nearest setting of the grid that the study has not tried, and
-stored so: in a space that is not a grid, a sampler that closes in on a place tries another setting
-each time, with another outcome.
+own. A sweep has a study for each batch size of the table. They take turns trial by trial, as one
+worker runs them; where settings are carried, with the product's head start. What a sampler suggests
+is snapped to the nearest setting of the grid that the study has not tried, and stored so: in a
+space that is not a grid, a sampler that closes in on a place tries another setting each time, with
+another outcome.
 
 What a strategy sees of a setting is either the mean of its seeds' curves, where a setting ends as
 its first seed to diverge does (the headline), or the curve of one seed, another for each replay.
@@ -26,7 +27,8 @@ it had spent by then, so they flatter it.
 `plateau` is no strategy but a bound: it knows from the start which settings end within three
 points of the best, and trains those in full, in any order.
 
-The table is one problem. Seeds of replays below 1000 were used to choose what ours does.
+Seeds of replays below 1000 on `curves.npz` were used to choose what ours does; nothing was chosen
+on the other table.
 """
 
 from __future__ import annotations
@@ -58,9 +60,14 @@ WITHIN = 0.01
 
 @dataclass(frozen=True)
 class Curve:
-    """What a strategy sees of a setting: accuracies by epoch, and what they cost."""
+    """What a strategy sees of a setting: by epoch, and what it cost.
+
+    `rates` are learning rates, empty where the table has none; the mean of several seeds is
+    geometric, and so falls wherever one of them does.
+    """
 
     scores: Sequence[float]
+    rates: Sequence[float]
     complete: bool
     cost: float
 
@@ -79,6 +86,7 @@ class Table:
             self.ends, self.costs = file["end"], file["cost"]
             self.batches = [int(batch) for batch in file["batches"]]
             axes = [file[name].tolist() for name in ("peak_lr", "warmup_epochs", "clip_grad_norm")]
+            self.rates = file.get("lr")
         self.peak_lrs, self.warmups = axes[0], axes[1]
         self.clips: list[float | str] = [clip or "off" for clip in axes[2]]
         self.epochs: int = self.about["epochs"]
@@ -104,7 +112,12 @@ class Table:
             costs = self.costs[batch, setting, there] + 1e9 * ends
             there = [there[int(costs.argmin())]]
         scores = self.scores[batch, setting, there].mean(axis=0)
+        rates: list[float] = []
+        if self.rates is not None:
+            mean = np.exp(np.log(self.rates[batch, setting, there]).mean(axis=0))
+            rates = mean[~np.isnan(mean)].tolist()
         return Curve(
+            rates=rates,
             scores=[float(s) for s in scores if not math.isnan(s)],
             complete=bool(ends.all()),
             cost=float(self.costs[batch, setting, there].mean()),
@@ -268,6 +281,7 @@ def replay(table: Table, strategy: Strategy, seed: int, one_seed: bool = False) 
     import optuna
 
     from sweeps import carrying, search
+    from sweeps.attributes import CURVES
 
     seen = table.seeds[seed % len(table.seeds)] if one_seed else None
     spec = table.spec(budget={"trials": table.quality.shape[1], "carry": strategy.carry})
@@ -307,8 +321,10 @@ def replay(table: Table, strategy: Strategy, seed: int, one_seed: bool = False) 
         for name, distribution in distributions.items():
             value = distribution.to_internal_repr(table.params(setting)[name])
             store.set_trial_param(trial._trial_id, name, value, distribution)
-        trial._cached_frozen_trial = store.get_trial(trial._trial_id)
         curve = table.curve(i, setting, seen)
+        if curve.rates:
+            store.set_trial_system_attr(trial._trial_id, CURVES, {"lr": curve.rates})
+        trial._cached_frozen_trial = store.get_trial(trial._trial_id)
         pruned = _pruned_at(trial, curve, table.epochs)
         outcomes[i].epochs += pruned or curve.cost
         if curve.complete and not pruned:
@@ -394,7 +410,7 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        for one_seed in (False, True):
+        for one_seed in (False, True) if len(table.seeds) > 1 else (False,):
             print("\nOne seed's curves:" if one_seed else "\nMean curves:")
             for name in args.strategies:
                 jobs = [(args.table, name, args.seed + i, one_seed) for i in range(args.replays)]
