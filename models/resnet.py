@@ -196,7 +196,9 @@ class ResNet(nn.Module):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         # The maps are in the layout of the weights.
-        if not is_channels_last_only(self.residual_blocks[0].conv1.weight):
+        first = self.residual_blocks[0]
+        assert isinstance(first, ResidualBlock)
+        if not is_channels_last_only(first.conv1.weight):
             return None
         return DeviceRuns.of(blocks, self.norm.num_devices)
 
