@@ -13,7 +13,8 @@ in one block.
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,100 @@ DeviceBlocks: TypeAlias = tuple[tuple[Tensor | None, int], ...]
 takes ``D_b * per_device`` consecutive samples, and its sample ``i * D_b + j`` belongs to device
 ``device_ids[j]``. Devices in no block sit the step out.
 """
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceRuns:
+    """A fused batch in the order of its devices, so that each one's samples are one slice.
+
+    Attributes:
+        runs: devices and how many samples of each follow one another, ``((device, count), ...)``.
+        order: int64 ``[B]``, the place in the fused batch of each sample in this order.
+        places: int64 ``[B]``, the place in this order of each sample of the fused batch.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    order: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, blocks: DeviceBlocks, num_devices: int) -> "DeviceRuns":
+        """Lay out blocks whose ids are on the CPU."""
+        runs: list[tuple[int, int]] = []
+        order, places = [], []
+        start = 0
+        for device_ids, per_device in blocks:
+            devices = range(num_devices) if device_ids is None else device_ids.tolist()
+            runs += [(device, per_device) for device in devices]
+            block = torch.arange(start, start + len(devices) * per_device)
+            order.append(block.view(per_device, -1).T.flatten())
+            places.append(block.view(-1, per_device).T.flatten())
+            start += len(block)
+        return cls(tuple(runs), torch.cat(order), torch.cat(places))
+
+    def take(self, images: Tensor) -> Tensor:
+        """Put channels-last images ``[B, C, H, W]`` into this order."""
+        return images.permute(0, 2, 3, 1).index_select(0, self.order).permute(0, 3, 1, 2)
+
+    def give_back(self, logits: Tensor) -> Tensor:
+        """Put ``[B, ...]`` into the order of the fused batch again."""
+        return logits.index_select(0, self.places)
+
+
+class _BatchNormOfRuns(torch.autograd.Function):
+    """Batch Normalization of every run by itself, by PyTorch's own kernels.
+
+    They write into slices of one result: pieces put together afterwards are one more copy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        runs: tuple[tuple[int, int], ...],
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Normalise ``[B, C, H, W]``, and update the devices' rows of ``[D, C]``."""
+        output = torch.empty_like(x)
+        mean, inverse_std = (weight.new_empty(len(runs), len(weight)) for _ in range(2))
+        start = 0
+        for run, (device, count) in enumerate(runs):
+            own = slice(start, start + count)
+            torch.native_batch_norm(
+                x[own], weight, bias, running_mean[device], running_var[device], True, momentum,
+                eps, out=(output[own], mean[run], inverse_std[run]),
+            )  # fmt: skip
+            start += count
+        ctx.save_for_backward(x, weight, mean, inverse_std)
+        ctx.runs, ctx.eps = runs, eps
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Give the gradients of x, weight and bias."""
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        if is_channels_last_only(x):  # of mixed layouts the kernel is slow
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_x = torch.empty_like(x)
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+        start = 0
+        for run, (_, count) in enumerate(ctx.runs):
+            own = slice(start, start + count)
+            of_run, of_its_weight, of_its_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient[own], x[own], weight, None, None, mean[run], inverse_std[run], True,
+                ctx.eps, [True, True, True],
+            )  # fmt: skip
+            of_x[own] = of_run
+            of_weight += of_its_weight
+            of_bias += of_its_bias
+            start += count
+        return of_x, of_weight, of_bias, None, None, None, None, None
 
 
 class DeviceBatchNorm2d(nn.Module):
@@ -89,8 +184,10 @@ class DeviceBatchNorm2d(nn.Module):
             var = var + counted @ (self.running_mean - mean).square() / number
         return mean, var
 
-    def forward(self, x: Tensor, blocks: DeviceBlocks | None = None) -> Tensor:
+    def forward(self, x: Tensor, blocks: DeviceBlocks | DeviceRuns | None = None) -> Tensor:
         """Normalise ``[B, C, H, W]``; ``blocks``, here or before, are needed in training alone.
+
+        With ``DeviceRuns`` the samples are in their order.
 
         Raises:
             ValueError: training without ``blocks``.
@@ -105,12 +202,20 @@ class DeviceBatchNorm2d(nn.Module):
                 "pass model(x, blocks) with blocks=((device_ids, per_device), ...), or "
                 "((None, per_device),) for all devices in order"
             )
+        if isinstance(blocks, DeviceRuns):
+            output: Tensor = _BatchNormOfRuns.apply(
+                x, self.weight, self.bias, self.running_mean, self.running_var, blocks.runs,
+                self.momentum, self.eps,
+            )  # fmt: skip
+            return output
+        if len(blocks) == 1:  # a split would copy all gradients
+            return self._normalise_block(x, blocks[0][0])
         pieces = torch.split(x, [_num_samples(block, self.num_devices) for block in blocks])
         outputs = [
             self._normalise_block(piece, device_ids)
             for piece, (device_ids, _) in zip(pieces, blocks, strict=True)
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
 
     def _normalise_block(self, x: Tensor, device_ids: Tensor | None) -> Tensor:
         if device_ids is None:
@@ -134,7 +239,7 @@ class DeviceBatchNorm2d(nn.Module):
         if device_ids is not None:
             self.running_mean.index_copy_(0, device_ids, mean)
             self.running_var.index_copy_(0, device_ids, var)
-        if _is_channels_last_only(x):
+        if is_channels_last_only(x):
             # Otherwise the residual sum would mix layouts, slower than this copy.
             output = output.contiguous(memory_format=torch.channels_last)
         return output
@@ -181,7 +286,7 @@ def make_norm(
     return GroupNorm(_groups(norm, channels, num_groups), channels)
 
 
-def normalise(layer: nn.Module, x: Tensor, blocks: DeviceBlocks | None) -> Tensor:
+def normalise(layer: nn.Module, x: Tensor, blocks: DeviceBlocks | DeviceRuns | None) -> Tensor:
     """Apply a layer from ``make_norm``, passing ``blocks`` to the one kind that uses them."""
     output: Tensor = layer(x, blocks) if isinstance(layer, DeviceBatchNorm2d) else layer(x)
     return output
@@ -293,7 +398,8 @@ def _num_samples(block: tuple[Tensor | None, int], num_devices: int) -> int:
     return (num_devices if device_ids is None else device_ids.shape[0]) * per_device
 
 
-def _is_channels_last_only(x: Tensor) -> bool:
+def is_channels_last_only(x: Tensor) -> bool:
+    """Tell whether ``[N, C, H, W]`` is in the layout channels-last and in no other."""
     # By strides: torch.func.vmap cannot answer is_contiguous(memory_format=channels_last), nor
     # change to it. Maps of one pixel have no layout to keep.
     return x.stride(1) == 1 and not x.is_contiguous() and x.shape[2] * x.shape[3] > 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import MODELS, NORMS, DeviceBlocks, build_model, parameter_groups
 from models.fixup import FixupBlock, FixupResNet
-from models.norms import DeviceBatchNorm2d, GroupNorm
+from models.norms import DeviceBatchNorm2d, DeviceRuns, GroupNorm
 from models.resnet import ResidualBlock, ResNet
 
 PER_SAMPLE_NORMS = ("group", "layer", "instance")
@@ -331,10 +331,14 @@ def plain_replica(model: nn.Module) -> nn.Module:
         pytest.param([[([3, 1], 3)], [(None, 2)], [([4], 1), ([2, 0], 2)]], id="some-absent"),
     ],
 )
-def test_fused_batch_norm_equals_separate_replicas(name: str, steps: list[Assignment]) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fused_batch_norm_equals_separate_replicas(
+    name: str, steps: list[Assignment], layout: torch.memory_format
+) -> None:
     num_devices = 5
     fused = small(name, "batch", num_devices=num_devices).double()
     replicas = [plain_replica(fused) for _ in range(num_devices)]
+    fused.to(memory_format=layout)
     assert not any(isinstance(m, DeviceBatchNorm2d) for m in replicas[0].modules())
     settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
     fused_optimizer = torch.optim.SGD(fused.parameters(), **settings)
@@ -346,7 +350,8 @@ def test_fused_batch_norm_equals_separate_replicas(name: str, steps: list[Assign
         x, y = images(count, seed=step, dtype=torch.float64), labels(count, seed=100 + step)
 
         fused_optimizer.zero_grad()
-        F.cross_entropy(fused(x, device_blocks(assignment)), y).backward()
+        logits = fused(x.contiguous(memory_format=layout), device_blocks(assignment))
+        F.cross_entropy(logits, y).backward()
         fused_optimizer.step()
 
         average = [torch.zeros_like(p) for p in fused.parameters()]
@@ -379,6 +384,56 @@ def test_fused_batch_norm_equals_separate_replicas(name: str, steps: list[Assign
             buffer.copy_(torch.stack([r.get_buffer(buffer_name) for r in replicas]).mean(0))
     x = images(6, seed=50, dtype=torch.float64)
     torch.testing.assert_close(fused.eval()(x), server.eval()(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_of_devices_are_normalised_as_by_layers_of_their_own(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 4, 3, 3, generator=generator).to(dtype, memory_format=torch.channels_last)
+    gradient = torch.randn(x.shape, generator=generator).to(x)
+    blocks = device_blocks([([3, 0], 2), ([1], 3)])
+    positions = samples_by_device([([3, 0], 2), ([1], 3)], 4)
+    layer, replicas = DeviceBatchNorm2d(4, 4), [nn.BatchNorm2d(4) for _ in range(4)]
+    with torch.no_grad():
+        for parameter in (layer.weight, layer.bias):
+            parameter.copy_(torch.randn(4, generator=generator))
+    for replica in replicas:
+        replica.load_state_dict({"weight": layer.weight, "bias": layer.bias}, strict=False)
+
+    runs = DeviceRuns.of(blocks, num_devices=4)
+    assert runs.runs == ((3, 2), (0, 2), (1, 3))
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    ordered = layer(runs.take(leaf), runs)
+    assert ordered.is_contiguous(memory_format=torch.channels_last)
+    fused = runs.give_back(ordered)
+    fused.backward(gradient)
+
+    assert leaf.grad is not None
+    total = torch.zeros(4)
+    for device, own in positions.items():
+        alone = x[own].contiguous(memory_format=torch.channels_last).requires_grad_()
+        expected = replicas[device](alone)
+        expected.backward(gradient[own].contiguous(memory_format=torch.channels_last))
+        assert torch.equal(fused[own], expected)
+        assert alone.grad is not None
+        assert torch.equal(leaf.grad[own], alone.grad)
+        total += replicas[device].weight.grad
+    torch.testing.assert_close(layer.weight.grad, total)
+    for device, replica in enumerate(replicas):
+        assert torch.equal(layer.running_mean[device], replica.running_mean)
+        assert torch.equal(layer.running_var[device], replica.running_var)
+
+
+def test_channels_last_devices_stand_together_in_training_alone() -> None:
+    model = small("resnet8", "batch").to(memory_format=torch.channels_last)
+    seen: list[type] = []
+    layer = model.get_submodule("residual_blocks.1.norm1")
+    layer.register_forward_pre_hook(lambda _, args: seen.append(type(args[1])))
+    blocks = ((None, 3),)
+    model(images(6), blocks)
+    model.eval()(images(6), blocks)
+    model.to(memory_format=torch.contiguous_format).train()(images(6), blocks)
+    assert seen == [DeviceRuns, tuple, tuple]
 
 
 def test_absent_devices_keep_their_statistics() -> None:

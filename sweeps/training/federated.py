@@ -80,7 +80,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,8 @@ from torch.nn import functional as F
 from sweeps.training.clipping import clip_units_
 from sweeps.training.optimizers import SGD
 from sweeps.training.rounds import DeviceBatch, SGDSettings, param_groups
+
+Tensors: TypeAlias = dict[str, Tensor]
 
 LOCAL_MOMENTA = ("average", "keep", "reset")
 SERVER_OPTIMIZERS = ("sgd", "adam")
@@ -265,13 +267,11 @@ class FederatedAveraging:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._optimizer.zero_grad(set_to_none=True)
-        losses = self._losses(batch, per_device)
-        total = losses.sum()
+        losses = self._backward(batch, per_device)
         if self._settings.virtual_features:
             if self._steps % self._settings.local_steps == 0:
                 self._survey(batch)
-            total = total + self._settings.virtual_features * self._virtual_losses().sum()
-        total.backward()
+            (self._settings.virtual_features * self._virtual_losses().sum()).backward()
         with torch.no_grad():
             self._change_gradients()
             self._optimizer.step()
@@ -280,7 +280,7 @@ class FederatedAveraging:
                 self._update_global()
                 self._update_variates()
                 self._update_momentum()
-        return losses.detach().mean()
+        return losses.mean()
 
     @torch.no_grad()
     def global_model(self) -> nn.Module:
@@ -352,46 +352,82 @@ class FederatedAveraging:
         mean: Tensor = torch.tensordot((counts / counts.sum()).to(y.dtype), y, dims=1)
         return mean
 
-    def _losses(self, batch: DeviceBatch, per_device: int) -> Tensor:
-        """Each participant's loss on its own batch, [m]."""
+    def _backward(self, batch: DeviceBatch, per_device: int) -> Tensor:
+        """Give the copies the gradients of their own batches' losses; return these, [m]."""
         m = self._devices_per_round
         # Sample i * m + j is participant j's.
         images = batch.images.unflatten(0, (per_device, m))
+        labels = batch.labels.unflatten(0, (per_device, m))
         # To its own pass a device is the only one, whatever its number.
         blocks = ((None, per_device),)
         buffers = {name: self._rows(b) for name, b in self._buffers.items()}
 
-        def logits_of(parameters: dict[str, Tensor], own: dict[str, Tensor], x: Tensor) -> Tensor:
+        def logits_of(parameters: Tensors, own: Tensors, x: Tensor) -> Tensor:
             logits: Tensor = functional_call(self._model, (parameters, own), (x, blocks))
             return logits
 
-        with torch.autocast(
-            images.device.type,
-            dtype=self._autocast_dtype,
-            enabled=self._autocast_dtype is not None,
-        ):
-            if images.device.type == "cpu" and per_device * images[0, 0, 0].numel() > LARGE_STEP:
-                of_devices = zip(
-                    _unbind(self._local, m),
-                    _unbind(buffers, m),
-                    images.unbind(1),
-                    strict=True,
-                )
-                of_each = [logits_of(*of_device) for of_device in of_devices]
-                logits = torch.stack(of_each, dim=1).flatten(0, 1)
-            elif self._stacked_forward is not None:
-                logits = self._stacked_forward(self._local, buffers, batch.images)
-            else:
-                mapped = vmap(logits_of, in_dims=(0, 0, 1), out_dims=1)
-                logits = mapped(self._local, buffers, images).flatten(0, 1)
-            of_images = F.cross_entropy(
-                logits, batch.labels, label_smoothing=self._label_smoothing, reduction="none"
-            )
-            losses: Tensor = of_images.unflatten(0, (per_device, m)).mean(dim=0)
+        if images.device.type == "cpu" and per_device * images[0, 0, 0].numel() > LARGE_STEP:
+            losses = self._one_by_one(logits_of, buffers, images, labels)
+        else:
+            with self._autocast():
+                if self._stacked_forward is not None:
+                    logits = self._stacked_forward(self._local, buffers, batch.images)
+                    logits = logits.unflatten(0, (per_device, m))
+                else:
+                    mapped = vmap(logits_of, in_dims=(0, 0, 1), out_dims=1)
+                    logits = mapped(self._local, buffers, images)
+                losses = self._mean_losses(logits, labels)
+            losses.sum().backward()
         if m < self._num_devices:
             for name, rows in buffers.items():
                 self._buffers[name].index_copy_(0, self._participants, rows)
-        return losses
+        return losses.detach()
+
+    def _one_by_one(
+        self,
+        logits_of: Callable[[Tensors, Tensors, Tensor], Tensor],
+        buffers: Tensors,
+        images: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """Do `_backward` device by device, so that the maps of one are there at a time."""
+        m = self._devices_per_round
+        of_devices = zip(
+            _unbind({name: y.detach() for name, y in self._local.items()}, m),
+            _unbind(buffers, m),
+            images.unbind(1),
+            labels.unbind(1),
+            strict=True,
+        )
+        losses: list[Tensor] = []
+        gradients: list[tuple[Tensor, ...]] = []
+        for parameters, own, x, targets in of_devices:
+            leaves = {name: p.requires_grad_() for name, p in parameters.items()}
+            with self._autocast():
+                logits = logits_of(leaves, own, x)
+                loss = self._mean_losses(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(0)
+            gradients.append(torch.autograd.grad(loss, list(leaves.values())))
+            losses.append(loss.detach())
+        for y, of_y in zip(self._local.values(), zip(*gradients, strict=True), strict=True):
+            y.grad = torch.stack(of_y)
+        return torch.stack(losses)
+
+    def _mean_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Each device's mean cross-entropy, [m], from `[b, m, classes]` and `[b, m]`."""
+        of_images = F.cross_entropy(
+            logits.flatten(0, 1),
+            labels.flatten(),
+            label_smoothing=self._label_smoothing,
+            reduction="none",
+        )
+        return of_images.view(labels.shape).mean(dim=0)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self._participants.device.type,
+            dtype=self._autocast_dtype,
+            enabled=self._autocast_dtype is not None,
+        )
 
     def _head(self, parameter: str) -> str:
         """The name of the classifier's weight or bias."""
@@ -407,11 +443,7 @@ class FederatedAveraging:
         # The pass of the same images that trains is the one to change running statistics.
         buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         try:
-            with torch.autocast(
-                batch.images.device.type,
-                dtype=self._autocast_dtype,
-                enabled=self._autocast_dtype is not None,
-            ):
+            with self._autocast():
                 functional_call(self._model, (self._global, buffers), (batch.images, batch.blocks))
         finally:
             hook.remove()
