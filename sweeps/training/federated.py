@@ -406,7 +406,9 @@ class FederatedAveraging:
             with self._autocast():
                 logits = logits_of(leaves, own, x)
                 loss = self._mean_losses(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(0)
-            gradients.append(torch.autograd.grad(loss, list(leaves.values())))
+            gradients.append(
+                torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            )
             losses.append(loss.detach())
         for y, of_y in zip(self._local.values(), zip(*gradients, strict=True), strict=True):
             y.grad = torch.stack(of_y)
