@@ -7,11 +7,9 @@ that hears of every epoch, and may end the trial by raising from it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from models import build_model, classifier_parameters, parameter_groups, stacked
 from storage.checkpoints import CheckpointStore, CheckpointWriter
 from sweeps.config import TrialConfig, Value
 from sweeps.machine import PROCESS_BYTES
+from sweeps.process import return_freed_memory
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import EpochResult, Training, evaluate
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
@@ -157,7 +156,7 @@ class Objective:
         """
         if test and seeds != 1:
             raise ValueError(f"seeds is {seeds}: the test images are scored for one training")
-        _return_freed_memory()
+        return_freed_memory()
         state = self._load(config, checkpoints, key)
         with contextlib.ExitStack() as stack:
             writer: CheckpointWriter | None = None
@@ -553,28 +552,6 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     return sum(found.values())
 
 
-def prepare_process(device: torch.device, threads: int, gpu_memory: int | None = None) -> None:
-    """Set PyTorch up for a worker process: its threads, and the same numbers every time.
-
-    Args:
-        device: where it trains.
-        threads: of the CPU.
-        gpu_memory: bytes of a GPU that it may allocate; beyond, a training is out of memory. None
-            sets no limit.
-    """
-    torch.set_num_threads(threads)
-    _keep_freed_memory()
-    if device.type == "cuda":
-        # cuBLAS gives equal sums every time only with a workspace of fixed size.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.cuda.set_device(device)
-        if gpu_memory is not None:
-            whole = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / whole), device)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-
-
 def _parsed(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint with the values that stand in it as texts; earlier versions kept these."""
     parsed = {**state}
@@ -585,28 +562,6 @@ def _parsed(state: dict[str, Any]) -> dict[str, Any]:
     if training is not None and isinstance(training["history"], str):
         parsed["training"] = {**training, "history": json.loads(training["history"])}
     return parsed
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one.
-
-    By default it hands batches and maps back to the system, which clears them page by page when
-    they are asked for again: batches of images came at 122k instead of 324k images/s. No size is
-    left out, as would be with a threshold, of 32 MiB at most: a step of ResNet-18 on 128 images of
-    32x32, whose first maps are as large, met with 40,000 to 400,000 new pages, up to a third of
-    its time, and meets with none.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_trim_threshold, 2**30)
-        mallopt(m_mmap_max, 0)
-
-
-def _return_freed_memory() -> None:
-    """Hand back what `_keep_freed_memory` keeps: the next trial may need less than the last."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _class_counts(prepared: _Prepared, num_classes: int) -> list[list[int]]:

@@ -37,13 +37,11 @@ from sweeps.errors import SweepError, plural
 from sweeps.launch import Place, ThisMachine, Workers, worker_command
 from sweeps.limits import request_stop
 from sweeps.machine import Need, Slot
-from sweeps.objective import (
-    prepare_process,
-)
 from sweeps.planning.plan import Plan
 from sweeps.planning.speeds import keep_speeds
 from sweeps.planning.words import plan_line
 from sweeps.preflight import agreed, device_named, estimate, load_data
+from sweeps.process import prepare_process
 from sweeps.progress import open_view, print_line
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec

@@ -38,10 +38,11 @@ from storage.engine import open_storage
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SweepError, first_line
 from sweeps.machine import Slot
-from sweeps.objective import Objective, dataset_identity, prepare_process
+from sweeps.objective import Objective, dataset_identity
 from sweeps.planning.shapes import Shape
 from sweeps.planning.speeds import Sample
 from sweeps.planning.stopwatch import Stopwatch
+from sweeps.process import prepare_process
 from sweeps.sections import Budget
 from sweeps.spec import SweepSpec
 from sweeps.studies import SweepStudy, create_or_resume

@@ -400,7 +400,8 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from sweeps.specfiles import load
-from sweeps.objective import Objective, open_dataset, prepare_process
+from sweeps.objective import Objective, open_dataset
+from sweeps.process import prepare_process
 prepare_process(torch.device("cpu"), 1)
 sweep = load({spec!r})
 storage = RDBStorage({url!r}, heartbeat_interval=2, grace_period=6,

@@ -56,7 +56,8 @@ from data.batches import DeviceBatches, channel_statistics
 from data.dataset import Dataset
 from models import build_model
 from sweeps.config import TrialConfig
-from sweeps.objective import Objective, open_dataset, prepare_process
+from sweeps.objective import Objective, open_dataset
+from sweeps.process import prepare_process
 from sweeps.training.loop import Evaluation
 
 D = 10
