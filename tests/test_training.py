@@ -379,7 +379,7 @@ def test_fixup_that_is_slow_to_leave_its_constant_guess_is_not_dead() -> None:
         dataset="digits", noise_std=1.0, augment="none", model="resnet8", width_factor=0.125,
         norm="fixup", num_devices=10, split="classes", classes_per_device=2, assignment="pairs",
         global_batch_size=160, epochs=5, peak_lr=0.1, schedule="constant",
-        validation_fraction=0.2,
+        validation_fraction=0.2, scalar_lr_factor=1.0,
     )  # fmt: skip
     heard: list[EpochResult] = []
     objective = Objective(open_dataset(config, None), torch.device("cpu"))
