@@ -59,8 +59,14 @@ def cached(source: dict[str, Any], report: Progress, decode: Callable[[], Datase
         dataset = decode()
         try:
             _write_cache(path, dataset)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
-            report(f"decoded, but {path} cannot be written ({error})")
+        except (OSError, RuntimeError) as error:
+            # torch.save raises an error of its own over that of the disk.
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            words = getattr(cause, "strerror", None) or cause
+            report(
+                f"decoded, but {path} cannot be written ({words}); free some space there, or the "
+                "next run decodes it again"
+            )
         return dataset
     finally:
         lock.release()

@@ -30,6 +30,7 @@ from typing import Any
 from storage.archive_checks import parse_study
 from storage.archive_rows import ArchiveError, StudyRows
 from storage.checkpoints import CheckpointError, CheckpointStore, state_in
+from storage.retries import reason
 
 FORMAT = "sweep archive"
 FORMAT_VERSION = 1
@@ -254,9 +255,9 @@ class Archive:
         except MemoryError:
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise ArchiveError(
-                f"{entry.member} is not a checkpoint of tensors and plain values ({reason})"
+                f"{entry.member} is not a checkpoint of tensors and plain values "
+                f"({reason(error)[:160]})"
             ) from error
 
     def _check_members(self) -> dict[str, zipfile.ZipInfo]:
@@ -356,9 +357,9 @@ def reading(path: Path) -> Iterator[Archive]:
             raise ArchiveError(f"{path} does not exist; sweep export writes such a file") from error
         except ArchiveError as error:
             # What a file holds may be of any length, and stand in the message.
-            reason = " ".join(str(error).split())
-            reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}…"
-            raise ArchiveError(f"{path} cannot be imported: {reason}") from error
+            words = " ".join(str(error).split())
+            words = words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"
+            raise ArchiveError(f"{path} cannot be imported: {words}") from error
 
 
 @contextmanager
@@ -371,8 +372,9 @@ def _damage() -> Iterator[None]:
     except OSError as error:
         raise ArchiveError(f"it cannot be read ({error.strerror or error})") from error
     except _DAMAGE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise ArchiveError(f"it is not a whole archive ({reason}); copy it again") from error
+        raise ArchiveError(
+            f"it is not a whole archive ({reason(error)[:120]}); copy it again"
+        ) from error
 
 
 _DAMAGE: tuple[type[Exception], ...] = (

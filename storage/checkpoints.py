@@ -25,6 +25,7 @@ from typing import IO, Any
 from urllib.parse import quote
 
 from storage.engine import sqlite_path
+from storage.retries import reason
 
 _logger = logging.getLogger(__name__)
 
@@ -81,21 +82,6 @@ class CheckpointStore:
         """
         return self.root / _file_name(key)
 
-    def save(self, key: str, state: dict[str, Any]) -> None:
-        """Store ``state``, replacing what the key held.
-
-        Args:
-            key: see the class.
-            state: tensors, numbers, text, and lists and dicts of them: what
-                ``torch.load(weights_only=True)`` accepts.
-
-        Raises:
-            CheckpointError: the disk is full or the folder not writable; the previous checkpoint
-                is intact.
-        """
-        with self.writer(key) as writer:
-            writer.save(state)
-
     def writer(
         self, key: str, *, every: float = 0.0, may_replace: Callable[[], bool] = lambda: True
     ) -> CheckpointWriter:
@@ -106,6 +92,9 @@ class CheckpointStore:
             every: seconds from the begin of one write to that of the next, at the least.
             may_replace: asked, in a thread of the writer's, when a state is on the disk and
                 about to replace what the key holds. False drops it instead.
+
+        Raises:
+            ValueError: the key is empty.
         """
         path = self.path(key)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -176,8 +165,7 @@ class CheckpointStore:
         except MemoryError:
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _logger.warning("removed damaged checkpoint %s: %s", path, reason)
+            _logger.warning("removed damaged checkpoint %s: %s", path, reason(error))
             self.delete(key)
             return None
         return state
@@ -278,10 +266,12 @@ class CheckpointWriter:
         """Have ``state``, as it is now, replace what the key holds.
 
         Args:
-            state: as of :meth:`CheckpointStore.save`.
+            state: tensors, numbers, text, and lists and dicts of them: what
+                ``torch.load(weights_only=True)`` accepts.
 
         Raises:
-            CheckpointError: the state *before* could not be saved. Nothing is done with this one.
+            CheckpointError: the state *before* could not be saved (the disk is full or the folder
+                not writable), and the one before that is intact. Nothing is done with this one.
         """
         self._end_write()
         self._waiting = None  # before there is another

@@ -7,6 +7,7 @@ when rows are read, and given when rows are written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from storage.archive_rows import NON_FINITE, OF_A_TRIAL, TRIAL_ID, Number, StudyRows, TrialRows
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
 _ROWS_A_STATEMENT = 20_000
+
+_KINDS = {text: name for name, text in NON_FINITE.items()}
 
 
 class StudyTables:
@@ -317,8 +320,6 @@ class StudyTables:
                 for name, (value, text) in trial.params.items()
             ],
         )
-        kinds = {text: self._value_type[name] for name, text in NON_FINITE.items() if text != "nan"}
-        finite = self._value_type.FINITE
         self._bulk(
             connection,
             self._values,
@@ -326,15 +327,12 @@ class StudyTables:
                 {
                     "trial_id": trial_id,
                     "objective": objective,
-                    "value": None if isinstance(value, str) else value,
-                    "value_type": kinds[value] if isinstance(value, str) else finite,
+                    **_number("value", value, self._value_type),
                 }
                 for trial_id, trial in trials
                 for objective, value in enumerate(trial.values)
             ],
         )
-        of = {text: self._intermediate_type[name] for name, text in NON_FINITE.items()}
-        whole = self._intermediate_type.FINITE
         self._bulk(
             connection,
             self._intermediate,
@@ -342,8 +340,7 @@ class StudyTables:
                 {
                     "trial_id": trial_id,
                     "step": step,
-                    "intermediate_value": None if isinstance(value, str) else value,
-                    "intermediate_value_type": of[value] if isinstance(value, str) else whole,
+                    **_number("intermediate_value", value, self._intermediate_type),
                 }
                 for trial_id, trial in trials
                 for step, value in trial.intermediate.items()
@@ -402,6 +399,13 @@ class StudyTables:
             connection.execute(
                 statement, {f"all_{name}": [row[name] for row in some] for name in names}
             )
+
+
+def _number(column: str, value: Number, kinds: type[Enum]) -> dict[str, Any]:
+    """A number's column and that of its kind: only finite ones have a value in Optuna's tables."""
+    if isinstance(value, str):
+        return {column: None, f"{column}_type": kinds[_KINDS[value]]}
+    return {column: value, f"{column}_type": kinds["FINITE"]}
 
 
 def _with_id(attrs: Mapping[str, str], trial_id: int) -> dict[str, str]:

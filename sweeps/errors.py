@@ -43,6 +43,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
 
 
+def kind_and_line(error: BaseException) -> str:
+    """The kind of an error and its first line, or the kind alone of one without words."""
+    kind, words = type(error).__name__, str(error).strip()
+    return f"{kind}: {first_line(error)}" if words else kind
+
+
 def plural(count: int, one: str, many: str | None = None) -> str:
     """A number and what it counts, such as `1 study` or `2 studies`."""
     return f"{count} {one if count == 1 else many or one + 's'}"

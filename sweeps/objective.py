@@ -158,12 +158,11 @@ class Objective:
             raise ValueError(f"seeds is {seeds}: the test images are scored for one training")
         return_freed_memory()
         state = self._load(config, checkpoints, key)
-        with contextlib.ExitStack() as stack:
-            writer: CheckpointWriter | None = None
-            if checkpoints is not None:
-                writer = stack.enter_context(
-                    checkpoints.writer(key, every=CHECKPOINT_SECONDS, may_replace=may_replace)
-                )
+        with (
+            contextlib.nullcontext()
+            if checkpoints is None
+            else checkpoints.writer(key, every=CHECKPOINT_SECONDS, may_replace=may_replace)
+        ) as writer:
             return self._train(config, seeds, test, on_epoch, should_stop, state, writer)
 
     def _train(

@@ -44,7 +44,7 @@ from sweeps.attributes import (
     SECONDS,
 )
 from sweeps.config import TrialConfig, Value
-from sweeps.errors import SpecError, SweepError
+from sweeps.errors import SpecError, SweepError, kind_and_line
 from sweeps.launch import NO_ROOM
 from sweeps.limits import Session, spent, stops, stops_in
 from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
@@ -275,7 +275,7 @@ class Worker:
                     self._sign(hold, beat_after=between_beats - between_signs)
                 except Exception as error:
                     if not isinstance(error, LeaseLostError | StopRequestedError):
-                        logger.error("cannot renew the lease: %s", _first_line(error))
+                        logger.error("cannot renew the lease: %s", kind_and_line(error))
                     hold.lost.set()
 
     def _sign(self, hold: _Hold, *, beat_after: float) -> None:
@@ -297,7 +297,7 @@ class Worker:
     def _end_in_time(self, claim: Claim, done: threading.Event) -> None:
         """Wait for the running update; end the process if it takes too long.
 
-        Nothing is lost by it: only completed epochs are kept in any case.
+        An epoch whose checkpoint is not on the disk by then is trained again, as after a kill.
         """
         if done.wait(STOP_GRACE_SECONDS):
             return
@@ -365,17 +365,17 @@ class Worker:
             full = _out_of_memory(error) or _gpu_is_full(error)
             if full and self._options.gpu_memory is not None:
                 # Told only where the GPU is the trial's alone; the launcher makes room.
-                logger.warning("%s #%d: %s", study.name, claim.number, _first_line(error))
+                logger.warning("%s #%d: %s", study.name, claim.number, kind_and_line(error))
                 self._queue.release(claim)
                 self._stop.set(NO_ROOM)
                 return
             if _breaks_device(error):
                 self._queue.release(claim)
-                raise SweepError(f"the device failed: {_first_line(error)}") from error
-            attrs = {OUTCOME: "failed", REASON: _first_line(error), ERROR: traceback.format_exc()}
+                raise SweepError(f"the device failed: {kind_and_line(error)}") from error
+            attrs = {OUTCOME: "failed", REASON: kind_and_line(error), ERROR: traceback.format_exc()}
             if _out_of_memory(error):
                 # Told as pruned, so that the sampler keeps away from the like of it.
-                attrs[REASON] = f"out of memory: {_first_line(error)}"
+                attrs[REASON] = f"out of memory: {kind_and_line(error)}"
             elif self._retry_after(error, claim):
                 return
             else:
@@ -514,7 +514,7 @@ class Worker:
 
     def _retry_after(self, error: Exception, claim: Claim) -> bool:
         """Put a trial that raised back into the queue, unless it has done so before."""
-        logger.error("trial #%d raised %s", claim.number, _first_line(error))
+        logger.error("trial #%d raised %s", claim.number, kind_and_line(error))
         trial = with_retries(lambda: self._store.get_trial(claim.trial_id))
         failures = trial.system_attrs.get(FAILURES, 0) + 1
         if failures >= MAX_FAILURES or isinstance(error, _Hopeless):
@@ -687,8 +687,3 @@ def _out_of_memory(error: Exception) -> bool:
 def _failure_kind(reason: str) -> str:
     """What failures alike have in common: out of memory differs in its numbers each time."""
     return reason.partition(":")[0] if reason.startswith("out of memory") else reason
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

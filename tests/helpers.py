@@ -94,6 +94,12 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'sweep.db'}"
 
 
+def save_checkpoint(store: CheckpointStore, key: str, state: dict[str, Any]) -> None:
+    """Save one state, and wait until it is on the disk."""
+    with store.writer(key) as writer:
+        writer.save(state)
+
+
 def make_worker(
     tmp_path: Path, name: str = "tiny", *, stop: StopRequest | None = None, worker_id: str = "w"
 ) -> Worker:

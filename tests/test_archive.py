@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import begin, environment, make_spec, run, url, write_spec
+from helpers import begin, environment, make_spec, run, save_checkpoint, url, write_spec
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
 from sqlalchemy import text
@@ -151,7 +151,7 @@ def test_the_checkpoint_and_the_curve_need_not_be_of_one_moment(
     elif checkpoint == "behind it":
         state = checkpoints.load("tiny/1")
         assert state is not None
-        checkpoints.save("tiny/1", {**state, "training": None})
+        save_checkpoint(checkpoints, "tiny/1", {**state, "training": None})
     bring(export(places["here"], tmp_path / "tiny.sweep"), places["there"])
     work(places["there"])
     assert results(trials(places["there"])) == results(trials(places["whole"]))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import save_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,7 +47,7 @@ def test_save_load_delete(tmp_path: Path) -> None:
     assert store.disk_usage() == (0, 0)
     store.delete(KEY)
     for step in (1, 2):
-        store.save(KEY, state(step))
+        save_checkpoint(store, KEY, state(step))
         loaded = store.load(KEY)
         assert loaded is not None
         assert is_whole(loaded)
@@ -67,7 +68,7 @@ def test_optimizer_state_survives(tmp_path: Path) -> None:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     store = CheckpointStore(tmp_path)
-    store.save("k", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    save_checkpoint(store, "k", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     loaded = store.load("k")
     assert loaded is not None
     torch.testing.assert_close(loaded["model"], dict(model.state_dict()), rtol=0, atol=0)
@@ -93,7 +94,7 @@ def test_optimizer_state_survives(tmp_path: Path) -> None:
 def test_keys_stay_in_the_folder(tmp_path: Path, key: str) -> None:
     root = tmp_path / "root"
     store = CheckpointStore(root)
-    store.save(key, state(1))
+    save_checkpoint(store, key, state(1))
     (file,) = root.iterdir()
     assert file == store.path(key)
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
@@ -103,7 +104,7 @@ def test_keys_stay_in_the_folder(tmp_path: Path, key: str) -> None:
 
 def test_empty_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must not be empty"):
-        CheckpointStore(tmp_path).save("", {})
+        save_checkpoint(CheckpointStore(tmp_path), "", {})
 
 
 @given(st.lists(st.text(string.printable, min_size=1), min_size=2, max_size=2, unique=True))
@@ -120,7 +121,7 @@ def test_damaged_file_counts_as_absent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
     store = CheckpointStore(tmp_path)
-    store.save(KEY, state(3))
+    save_checkpoint(store, KEY, state(3))
     file = store.path(KEY)
     content = bytearray(file.read_bytes())
     if harm == "truncate":
@@ -143,7 +144,7 @@ def test_damaged_file_counts_as_absent(
         assert store.load(KEY) is None
     assert "removed damaged checkpoint" in caplog.text
     assert not file.exists()
-    store.save(KEY, state(4))
+    save_checkpoint(store, KEY, state(4))
     assert is_whole(store.load(KEY))
 
 
@@ -153,13 +154,13 @@ def save_for_ever(root: Path, pipe: Any) -> None:
     step = 0
     while True:
         step += 1
-        store.save(KEY, state(step, size=300_000))
+        save_checkpoint(store, KEY, state(step, size=300_000))
         pipe.send(step)
 
 
 def test_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    store.save("other", state(7))
+    save_checkpoint(store, "other", state(7))
     leftovers = 0
     for _ in range(12):
         here, there = PROCESSES.Pipe()
@@ -181,7 +182,7 @@ def test_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert is_whole(loaded)
         assert loaded["step"] in (confirmed, confirmed + 1)
         leftovers += sum(path.suffix == ".tmp" for path in tmp_path.iterdir())
-        store.save(KEY, state(0))
+        save_checkpoint(store, KEY, state(0))
         assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}
     assert is_whole(store.load("other"))
     assert leftovers <= 12
@@ -193,7 +194,7 @@ def test_leftovers_of_other_keys_stay(tmp_path: Path) -> None:
     others = tmp_path / f".{store.path('a.pt.b').name}.{'0' * 16}.tmp"
     mine.touch()
     others.touch()
-    store.save("a", state(1))
+    save_checkpoint(store, "a", state(1))
     assert (mine.exists(), others.exists()) == (False, True)
     store.delete("a.pt.b")
     assert not others.exists()
@@ -204,7 +205,7 @@ def save_beyond_limit(root: Path, pipe: Any) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
-        CheckpointStore(root).save(KEY, state(2, size=100_000))
+        save_checkpoint(CheckpointStore(root), KEY, state(2, size=100_000))
     except CheckpointError as error:
         pipe.send(str(error))
     else:
@@ -213,7 +214,7 @@ def save_beyond_limit(root: Path, pipe: Any) -> None:
 
 def test_disk_without_space_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    store.save(KEY, state(1))
+    save_checkpoint(store, KEY, state(1))
     here, there = PROCESSES.Pipe()
     process = PROCESSES.Process(target=save_beyond_limit, args=(tmp_path, there))
     process.start()
@@ -231,7 +232,7 @@ def test_disk_without_space_keeps_the_previous_checkpoint(tmp_path: Path) -> Non
 def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot save checkpoint"):
-        CheckpointStore(tmp_path / "file").save(KEY, state(1))
+        save_checkpoint(CheckpointStore(tmp_path / "file"), KEY, state(1))
     store = CheckpointStore(tmp_path)
     store.path(KEY).mkdir()
     with pytest.raises(CheckpointError, match="cannot read checkpoint"):
@@ -353,7 +354,7 @@ def test_a_write_that_failed_is_told_instead_of_what_ended_the_work(
 
 def test_a_writer_that_may_not_replace_leaves_what_is_there(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    store.save(KEY, state(5))
+    save_checkpoint(store, KEY, state(5))
     allowed = [True, False]
     with store.writer(KEY, may_replace=lambda: allowed.pop()) as writer:
         writer.save(state(3))

@@ -13,7 +13,14 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import TRAIN, begin, clip_units_slowly, make_spec, make_worker
+from helpers import (
+    TRAIN,
+    begin,
+    clip_units_slowly,
+    make_spec,
+    make_worker,
+    save_checkpoint,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ExponentialLR
@@ -437,11 +444,11 @@ def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_with(tmp_path: Pa
     del state["config"]["compile"]
     state["finished"] = json.loads(state["finished"])
     state["training"]["history"] = json.loads(state["training"]["history"])
-    checkpoints.save("trial", state)
+    save_checkpoint(checkpoints, "trial", state)
     assert run.completed_steps(made, checkpoints, "trial") == 2
     del state["config"]["momentum"]
     state["config"]["weight_decay"] = 0.25
-    checkpoints.save("trial", state)
+    save_checkpoint(checkpoints, "trial", state)
     assert run.completed_steps(made, checkpoints, "trial") == 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from helpers import make_spec
+from helpers import make_spec, save_checkpoint
 from optuna.trial import TrialState
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
@@ -49,9 +49,8 @@ def compute(
             store.set_trial_user_attr(claim.trial_id, "outcome", "complete")
             assert queue.finish(claim, TrialState.COMPLETE, value)
         else:
-            CheckpointStore(default_checkpoint_dir(store_url)).save(
-                f"{of.name}/{claim.number}", {"of": value}
-            )
+            checkpoints = CheckpointStore(default_checkpoint_dir(store_url))
+            save_checkpoint(checkpoints, f"{of.name}/{claim.number}", {"of": value})
     return numbers
 
 

@@ -21,7 +21,7 @@ import torch
 from data.dataset import Dataset
 from storage.checkpoints import CheckpointStore
 from sweeps.config import TrialConfig
-from sweeps.errors import SweepError
+from sweeps.errors import SweepError, first_line, kind_and_line
 from sweeps.objective import Objective, Progress, autocast_dtype
 from sweeps.planning.speeds import STARTUP_SECONDS, Sample
 from sweeps.training.loop import Diverged, Interrupted, Training, evaluate
@@ -148,9 +148,8 @@ class Stopwatch(Objective):
                 run.ended = time.perf_counter()
                 self._weigh(checkpoints, key)  # a single epoch's is on the disk only now
         except (RuntimeError, MemoryError, ValueError) as error:
-            lines = str(error).strip().splitlines() or [""]
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            self.error = f"{'out of memory' if memory else type(error).__name__}: {lines[0]}"
+            self.error = f"out of memory: {first_line(error)}" if memory else kind_and_line(error)
             self._stop.set()
             # Which a worker takes as a request, and leaves the trial alone.
             raise Interrupted from error
