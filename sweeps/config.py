@@ -120,7 +120,7 @@ ALGORITHMS = ("sync-sgd", "fedavg", "scaffold")
 LOCAL_MOMENTA = ("average", "keep", "reset")
 SERVER_OPTIMIZERS = ("sgd", "adam")
 AVERAGE_WEIGHTS = ("uniform", "images")
-OPTIMIZERS = ("sgd", "lars")
+OPTIMIZERS = ("sgd", "lars", "muon")
 WARMUP_SHAPES = ("linear", "cosine", "exponential")
 SCHEDULES = ("plateau", "cosine", "exponential", "constant")
 
@@ -341,16 +341,29 @@ class TrialConfig:
     )
     optimizer: str = _setting(
         "sgd",
-        "`lars` scales each layer's step by its weights' norm over its gradient's.",
+        "`lars` scales each layer's step by its weights' norm over its gradient's; `muon` makes "
+        "each layer's step equally long in all directions, and trains the classifier, biases and "
+        "scales by SGD.",
         str,
         choices=OPTIMIZERS,
     )
     lars_trust_coefficient: float = _setting(
         0.001, "Size of a layer's step under LARS, as a share of its weights.", float, above=0
     )
-    momentum: float = _setting(0.9, "Momentum of SGD.", float, low=0, high=0.9999)
+    muon_lr_factor: float = _setting(
+        0.2,
+        "Learning rate of the layers under Muon, as a share of what it trains by SGD.",
+        float,
+        above=0,
+    )
+    momentum: float = _setting(0.9, "Momentum of the optimizer.", float, low=0, high=0.9999)
     nesterov: bool = _setting(False, "Nesterov's form of the momentum.", bool)
-    weight_decay: float = _setting(5e-4, "L2 penalty of SGD.", float, low=0)
+    weight_decay: float = _setting(
+        5e-4,
+        "L2 penalty; under Muon the layers' weights shrink by this share of their learning rate.",
+        float,
+        low=0,
+    )
     weight_decay_on: str = _setting(
         "all",
         "`weights` spares Fixup's scalars, the norms' scales and biases and the classifier's bias.",

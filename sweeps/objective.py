@@ -387,6 +387,7 @@ class Objective:
             lars_trust_coefficient=config.lars_trust_coefficient
             if config.optimizer == "lars"
             else None,
+            muon_lr_factor=config.muon_lr_factor if config.optimizer == "muon" else None,
             agc_clip_factor=None if isinstance(agc, str) else agc,
             label_smoothing=config.label_smoothing,
         )

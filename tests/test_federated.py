@@ -225,9 +225,10 @@ def test_levers_work_on_every_device_by_itself(
     assert not torch.allclose(wanted["conv.weight"], plain["conv.weight"], rtol=1e-3)
 
 
-def test_lars_is_refused() -> None:
+@pytest.mark.parametrize("optimizer", [{"lars_trust_coefficient": 0.01}, {"muon_lr_factor": 0.1}])
+def test_lars_and_muon_are_refused(optimizer: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="cannot be LARS"):
-        make_algorithm("group", replace(LOCAL, lars_trust_coefficient=0.01), FederatedSettings())
+        make_algorithm("group", replace(LOCAL, **optimizer), FederatedSettings())
 
 
 @pytest.mark.parametrize("norm", ["group", "fixup"])

@@ -39,6 +39,7 @@ from sweeps.studies import stored_sweep
 from sweeps.training import clipping, schedule
 from sweeps.training.lars import LARS
 from sweeps.training.loop import Diverged, EpochResult, Training
+from sweeps.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
 from sweeps.training.schedule import Schedule
 
@@ -178,6 +179,129 @@ def test_lars_at_a_constant_rate_is_sgd_where_it_is_not_layerwise() -> None:
         lars.step()
         sgd.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+# --- Muon ---------------------------------------------------------------------------------------
+
+
+def orthogonalised_slowly(matrix: Tensor) -> Tensor:
+    """The polynomial on the singular values of one matrix."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / math.sqrt((s**2).sum()) if s.any() else s
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ vh
+
+
+class SlowMuon:
+    """One parameter after the other; what is no matrix is left to PyTorch's SGD."""
+
+    def __init__(self, model: nn.Module, settings: SGDSettings) -> None:
+        self.model, self.settings = model, settings
+        classifier = {id(p) for p in classifier_parameters(model)}
+        self.matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in classifier]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        matrices = {id(p) for p in self.matrices}
+        scalars = [p for p in model.parameters() if p.ndim <= 1]
+        weights = [p for p in model.parameters() if p.ndim > 1 and id(p) not in matrices]
+        decay = settings.weight_decay
+        self.sgd = torch.optim.SGD(
+            [
+                {"params": weights, "weight_decay": decay, "factor": 1.0},
+                {
+                    "params": scalars,
+                    "weight_decay": decay if settings.decay_scalars else 0.0,
+                    "factor": settings.scalar_lr_factor,
+                },
+            ],
+            lr=0.0,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+        )
+
+    def step(self, lr: float) -> None:
+        s = self.settings
+        assert s.muon_lr_factor is not None
+        for group in self.sgd.param_groups:
+            group["lr"] = lr * group["factor"]
+        self.sgd.step()
+        lr *= s.muon_lr_factor
+        for p, momentum in zip(self.matrices, self.momenta, strict=True):
+            assert p.grad is not None
+            gradient = p.grad.flatten(1)
+            b = momentum.flatten(1).mul_(s.momentum).add_(gradient)
+            direction = orthogonalised_slowly(gradient + s.momentum * b if s.nesterov else b)
+            size = math.sqrt(max(1, direction.shape[0] / direction.shape[1]))
+            p.data -= lr * (size * direction.view_as(p) + s.weight_decay * p.data)
+
+
+@pytest.mark.parametrize("norm", ["group", "fixup"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"momentum": 0.0},
+        {"weight_decay": 0.0, "nesterov": True},
+        {"decay_scalars": False, "scalar_lr_factor": 0.1},
+    ],
+    ids=str,
+)
+def test_muon_is_its_authors(norm: str, changes: dict[str, Any]) -> None:
+    settings = replace(SGDSettings(momentum=0.9, weight_decay=5e-3, muon_lr_factor=0.3), **changes)
+    ours, theirs = make_model(norm), make_model(norm)
+    algorithm, slow = make_algorithm(ours, settings), SlowMuon(theirs, settings)
+    for update in range(3):
+        batch = Batch(update)
+        algorithm.round(batch, learning_rate(update))
+        backward(theirs, batch)
+        slow.step(learning_rate(update))
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_muon_is_pytorchs(memory_format: torch.memory_format) -> None:
+    """But for the dtype: theirs is bfloat16 within."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 4, 3, 3), (40, 4, 1, 1), (6, 4, 3, 3)]
+    ours = [nn.Parameter(torch.ones(s).to(memory_format=memory_format)) for s in shapes]
+    theirs = [nn.Parameter(torch.ones(len(p), p[0].numel())) for p in ours]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+    muon = Muon([{"params": ours}], dtype=torch.bfloat16, **options)
+    pytorchs = torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        for p, other in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).to(memory_format=memory_format)
+            other.grad = p.grad.flatten(1).clone()
+        muon.step()
+        pytorchs.step()
+    for p, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.detach().flatten(1), other.detach(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 40), (2, 40, 5), (3, 1, 7), (2, 8, 8)], ids=str)
+def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = orthogonalised(matrices)
+    values = torch.linalg.svdvals(made)
+    before = torch.linalg.svdvals(matrices)
+    above = before > 0.01 * torch.linalg.matrix_norm(matrices)[:, None]
+    assert above.sum() >= above.numel() - 1
+    assert values[above].min() > 0.67
+    assert values.max() < 1.14
+    for of, matrix in zip(made, matrices, strict=True):
+        torch.testing.assert_close(of, orthogonalised_slowly(matrix), rtol=1e-9, atol=1e-9)
+    assert not orthogonalised(torch.zeros(shape)).any()
+
+
+def test_muon_leaves_parameters_without_a_gradient() -> None:
+    moved, left = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    moved.grad = torch.eye(2)
+    optimizer = Muon([{"params": [left, moved]}, {"params": [], "matrices": False}], lr=0.5)
+    assert optimizer.step() is None
+    assert torch.equal(left, torch.ones(2, 2))
+    assert not torch.equal(moved.detach(), torch.ones(2, 2))
+    assert optimizer.step(lambda: 3.0) == 3.0
 
 
 # --- adaptive gradient clipping -----------------------------------------------------------------
@@ -388,6 +512,7 @@ LEVERS = {
         **SGD_LEVERS, "optimizer": "lars", "lars_trust_coefficient": 0.02, "peak_lr": 1.0,
         "warmup_shape": "exponential",
     },
+    "muon": {**SGD_LEVERS, "optimizer": "muon", "muon_lr_factor": 0.1, "peak_lr": 0.3},
     "fedavg": {**SGD_LEVERS, "algorithm": "fedavg", "local_steps": 3},
     "scaffold": {**SGD_LEVERS, "algorithm": "scaffold", "local_steps": 3},
 }  # fmt: skip
@@ -452,7 +577,9 @@ def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_with(tmp_path: Pa
     assert run.completed_steps(made, checkpoints, "trial") == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"lars_trust_coefficient": 0.02}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"lars_trust_coefficient": 0.02}, {"muon_lr_factor": 0.1}], ids=str
+)
 def test_a_step_goes_on_from_a_state_in_the_middle(settings: dict[str, Any]) -> None:
     made = SGDSettings(nesterov=True, agc_clip_factor=0.1, label_smoothing=0.1, **settings)
     whole, resumed = (make_algorithm(make_model("fixup"), made) for _ in range(2))
@@ -486,9 +613,11 @@ def test_levers_that_are_off_change_nothing() -> None:
         ({"nesterov": 1}, "nesterov = 1 is not accepted; accepted: true | false"),
         ({"nesterov": "yes"}, "accepted: true | false"),
         ({"nesterov": True, "momentum": 0.0}, "no meaning for momentum = 0"),
-        ({"optimizer": "lamb"}, "accepted: lars, sgd"),
+        ({"optimizer": "lamb"}, "accepted: lars, muon, sgd"),
         ({"optimizer": "lars", "algorithm": "fedavg"}, "belongs to algorithm = 'sync-sgd'"),
+        ({"optimizer": "muon", "algorithm": "scaffold"}, "belongs to algorithm = 'sync-sgd'"),
         ({"lars_trust_coefficient": 0}, "above 0"),
+        ({"muon_lr_factor": 0}, "above 0"),
         ({"agc_clip_factor": 0.0}, "above 0, or 'off'"),
         ({"label_smoothing": 1.0}, "to 0.9999"),
         ({"warmup_shape": "cosin"}, "did you mean 'cosine'"),

@@ -522,6 +522,7 @@ class NoWaiting(TorchDispatchMode):
     [
         SGDSettings(clip_grad_norm=1.0, agc_clip_factor=0.1, label_smoothing=0.1),
         SGDSettings(lars_trust_coefficient=0.01),
+        SGDSettings(muon_lr_factor=0.1),
     ],
 )
 def test_no_step_waits_for_the_device(norm: str, settings: SGDSettings) -> None:

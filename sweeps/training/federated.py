@@ -191,8 +191,8 @@ class FederatedAveraging:
     ) -> None:
         m = num_devices if devices_per_round is None else devices_per_round
         _check(model, federated, num_devices, m, image_counts)
-        if settings.lars_trust_coefficient is not None:
-            raise ValueError("the devices' local optimizer cannot be LARS; accepted: SGD")
+        if settings.lars_trust_coefficient is not None or settings.muon_lr_factor is not None:
+            raise ValueError("the devices' local optimizer cannot be LARS or Muon; accepted: SGD")
         self._model = model
         self._settings = federated
         self._clip = settings.clip_grad_norm

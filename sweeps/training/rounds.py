@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sweeps.training.clipping import clip_units_
 from sweeps.training.compiled import CompiledNetwork
 from sweeps.training.lars import LARS
+from sweeps.training.muon import Muon
 from sweeps.training.optimizers import SGD
 
 
@@ -40,7 +41,7 @@ class DeviceBatch(Protocol):
 
 @dataclass(frozen=True)
 class SGDSettings:
-    """Settings of stochastic gradient descent, PyTorch's `torch.optim.SGD`, or of LARS.
+    """Settings of stochastic gradient descent, PyTorch's `torch.optim.SGD`, of LARS or of Muon.
 
     Attributes:
         momentum: factor of the previous update.
@@ -52,6 +53,9 @@ class SGDSettings:
         nesterov: Nesterov's form of the momentum.
         lars_trust_coefficient: η of `LARS`, which then takes the place of SGD: the group
             "scalars" takes plain steps, every other parameter is a layer; None is SGD.
+        muon_lr_factor: learning rate of the weights under `Muon`, which then takes the place of
+            SGD, as a share of what the classifier and the group "scalars" have, whose steps stay
+            those of SGD; None is SGD.
         agc_clip_factor: λ of adaptive gradient clipping (`sweeps.training.clipping`) of the
             weights, before `clip_grad_norm`; None leaves the gradient.
         label_smoothing: share ε of each label that is spread over all classes, the true one
@@ -65,6 +69,7 @@ class SGDSettings:
     clip_grad_norm: float | None = None
     nesterov: bool = False
     lars_trust_coefficient: float | None = None
+    muon_lr_factor: float | None = None
     agc_clip_factor: float | None = None
     label_smoothing: float = 0.0
 
@@ -138,6 +143,14 @@ class SynchronousSGD:
                 trust_coefficient=settings.lars_trust_coefficient,
                 nesterov=settings.nesterov,
             )
+        elif settings.muon_lr_factor is not None:
+            self._optimizer = Muon(
+                _with_matrices(groups_of_optimizer, spared, settings.muon_lr_factor),
+                lr=0.0,
+                momentum=settings.momentum,
+                nesterov=settings.nesterov,
+                dtype=autocast_dtype,
+            )
         else:
             self._optimizer = SGD(
                 groups_of_optimizer,
@@ -193,3 +206,25 @@ class SynchronousSGD:
         """Go on from what `state_dict` gave."""
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _with_matrices(
+    groups: Sequence[dict[str, Any]], classifier: Collection[int], lr_factor: float
+) -> list[dict[str, Any]]:
+    """The groups with what `Muon` orthogonalises in one of its own.
+
+    Args:
+        groups: as of `param_groups`.
+        classifier: ids of parameters that are left out.
+        lr_factor: of the new group.
+    """
+    parts: list[dict[str, Any]] = []
+    for group in groups:
+        matrices = [p for p in group["params"] if p.ndim > 1 and id(p) not in classifier]
+        others = [p for p in group["params"] if p.ndim <= 1 or id(p) in classifier]
+        if matrices:
+            of_matrices = {"params": matrices, "matrices": True, "lr_factor": lr_factor}
+            parts.append(group | of_matrices)
+        if others:
+            parts.append(group | {"params": others, "matrices": False})
+    return parts

@@ -1,0 +1,126 @@
+"""Muon: every matrix takes steps that are equally long in all directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sweeps.training.optimizers import SGD
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+class Muon(SGD):
+    """Momentum orthogonalised by Newton-Schulz iterations, Jordan et al. 2024.
+
+    For each matrix W `[m, n]` with gradient G, from B = 0, as in kellerjordan.github.io/posts/muon;
+    a convolution `[out, in, k, k]` is a matrix `[out, in k k]`:
+
+    - B ← μ B + G;
+    - O = `orthogonalised(B)`, with `nesterov` that of G + μ B;
+    - W ← W - γ (√max(1, m / n) O + β W), with the group's `lr` γ and `weight_decay` β.
+
+    That is `torch.optim.Muon`, which takes parameters of two dimensions alone and orthogonalises
+    them in bfloat16, which many CPUs emulate.
+
+    Groups with `matrices = False` are for all else, the classifier included: the authors have it,
+    as scales and biases, trained by another optimizer. They take steps of `torch.optim.SGD`.
+
+    Args:
+        params: groups of parameters; one may have `matrices` and every other argument of its own.
+        lr: γ.
+        momentum: μ, or the momentum of SGD.
+        weight_decay: β, or the L2 penalty of SGD.
+        nesterov: Nesterov's form of the momentum.
+        matrices: whether a group's parameters are matrices.
+        dtype: what they are orthogonalised in; None is their own.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        nesterov: bool = True,
+        matrices: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        usual = {"momentum": momentum, "nesterov": nesterov, "matrices": matrices}
+        groups = [usual | group for group in params]
+        for group in groups:
+            group["orthogonal_momentum"] = group["momentum"]
+            group["orthogonal_nesterov"] = group["nesterov"]
+            if group["matrices"]:
+                group |= {"momentum": 0.0, "nesterov": False}
+        self._dtype = dtype
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; parameters without a gradient stay. Nothing waits for the device.
+
+        The gradients of the matrices are overwritten by what SGD takes as their steps.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._orthogonalise(group)
+        super().step()
+        return loss
+
+    def _orthogonalise(self, group: dict[str, Any]) -> None:
+        weights: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        if not weights:
+            return
+        gradients: list[Tensor] = [p.grad for p in weights if p.grad is not None]
+        directions = gradients
+        if group["orthogonal_momentum"]:
+            for p in weights:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            velocities: list[Tensor] = [self.state[p]["momentum_buffer"] for p in weights]
+            torch._foreach_mul_(velocities, group["orthogonal_momentum"])
+            torch._foreach_add_(velocities, gradients)
+            directions = velocities
+            if group["orthogonal_nesterov"]:
+                directions = list(
+                    torch._foreach_add(gradients, velocities, alpha=group["orthogonal_momentum"])
+                )
+        # Those of one shape at once: a small matrix takes a GPU no time beside the call.
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, weight in enumerate(weights):
+            alike.setdefault((len(weight), weight[0].numel()), []).append(index)
+        for (rows, columns), indices in alike.items():
+            stack = torch.stack([directions[i].reshape(rows, columns) for i in indices])
+            steps = orthogonalised(stack.to(self._dtype or stack.dtype))
+            steps = steps * max(1.0, rows / columns) ** 0.5
+            for i, step in zip(indices, steps.to(stack.dtype), strict=True):
+                gradients[i].copy_(step.view_as(gradients[i]))
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices near 1 and keep their singular vectors.
+
+    Of each matrix M = U S Vᵀ: X = M / |M|, then five times X ← a X + (b A + c A²) X with
+    A = X Xᵀ. That applies the odd polynomial a s + b s³ + c s⁵ to the singular values; with the
+    authors' coefficients those above about 0.01 end between 0.68 and 1.13. Zeros stay zeros.
+
+    Args:
+        matrices: `[N, m, n]`.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
