@@ -385,6 +385,7 @@ def disturbed(
         "sweep status --json": json.loads(asked.stdout)["studies"][0]["counts"],
     }
     if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
         (args.keep / "workers.log").write_bytes((folder / "workers.log").read_bytes())
         rows = {n: [expected.get(n), found[n], str(trials[n].system_attrs.get(LEASE_ATTR)),
                     str(trials[n].user_attrs)] for n in found}  # fmt: skip
