@@ -1,7 +1,7 @@
 """The trial engine against plain PyTorch: images, epochs, convolutions, federated rounds, a GPU.
 
     python tests/benchmarks/engine.py [--rows data epoch convolutions fedavg gpu] [--rounds 5]
-        [--fast] [--json FILE]
+        [--fast] [--only TEXT] [--json FILE]
 
 Plain PyTorch is what its users write: a `torchvision` data set of PIL images behind a
 `DataLoader` with `transforms`, an eager loop in the default layout that makes one pass for each
@@ -398,6 +398,9 @@ def fedavg_row(args: argparse.Namespace) -> Iterator[Row]:
         if (model, width, side, per_device, norm) not in small
     ]  # fmt: skip
     for model, width, side, per_device, norm in small + ([] if args.fast else others):
+        case = f"{model} x{width:g}, {side}x{side}, 10x{per_device}, {norm}"
+        if args.only not in case:
+            continue
         steps = 5
         groups = 2
         dataset = made_up(D * per_device * steps, side)
@@ -422,10 +425,7 @@ def fedavg_row(args: argparse.Namespace) -> Iterator[Row]:
             rounds=args.rounds,
         )
         tiny = (model, width, side, per_device, norm) in small
-        yield row(
-            "fedavg", f"{model} x{width:g}, {side}x{side}, 10x{per_device}, {norm}", "rounds/s", 1,
-            own, other, 4 if tiny else 0.95,
-        )  # fmt: skip
+        yield row("fedavg", case, "rounds/s", 1, own, other, 4 if tiny else 0.95)
 
 
 def weights_of(model: nn.Module) -> int:
@@ -535,6 +535,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fast", action="store_true", help="Fewer cases, smaller batches.")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT",
+        help="Cases of fedavg that have this in their name, such as 'x0.25, 16x16'.",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     about = machine()
