@@ -61,7 +61,7 @@ class _Run:
 
 
 class _Keeping(Assembly):
-    """Keeps the training that it made last."""
+    """Keeps the training that it made last, whose network and state are measured apart."""
 
     last: Training | None = None
 
