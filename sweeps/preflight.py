@@ -18,12 +18,13 @@ from rich.console import Console
 
 from storage.engine import StorageError, check_url, close_storage
 from sweeps import search
+from sweeps.assembly import Assembly, Sizes, dataset_identity, open_dataset
 from sweeps.config import TrialConfig, Value
 from sweeps.edits import edits
 from sweeps.errors import SpecError, SweepError, first_line
+from sweeps.footprint import worker_bytes
 from sweeps.launch import plan_slots
 from sweeps.machine import Machine, Need, Slot, reason, this_machine
-from sweeps.objective import Objective, Sizes, dataset_identity, open_dataset
 from sweeps.packing import packed
 from sweeps.planning.measuring import glanced, measured, recalled
 from sweeps.planning.plan import Plan, count, outlines
@@ -72,28 +73,29 @@ def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset], *, cuda
         open_: gives a trial's data set.
         cuda: whether workers would train on GPUs; they take another share of the machine's memory.
     """
-    objectives: dict[tuple[Value, ...], Objective] = {}
+    assemblies: dict[tuple[Value, ...], Assembly] = {}
     checked = Checked([], [], {})
     found: list[int] = []
     for cell in spec.cells:
         config = spec.config(cell, spec.lowest_params())
         identity = dataset_identity(config)
-        if identity not in objectives:
+        if identity not in assemblies:
             checked.datasets[identity] = open_(config)
-            objectives[identity] = Objective(checked.datasets[identity], torch.device("cpu"))
+            assemblies[identity] = Assembly(checked.datasets[identity], torch.device("cpu"))
+        assembly = assemblies[identity]
         for params in _structures(spec):
             try:
-                objectives[identity].check(spec.config(cell, params))
+                assembly.check(spec.config(cell, params))
             except ValueError as error:
                 raise SpecError(f"{spec.study_name(cell)}: {error}") from error
-        checked.fingerprints.append(objectives[identity].fingerprint)
-        checked.sizes.append(objectives[identity].sizes(config))
+        checked.fingerprints.append(assembly.dataset.fingerprint)
+        checked.sizes.append(assembly.sizes(config))
         largest = max(
             (shape.config for _, shape in shapes(spec, cell)),
             key=lambda found: found.global_batch_size,
         )
         if dataset_identity(largest) == identity:
-            found.append(objectives[identity].worker_bytes(largest, cuda=cuda))
+            found.append(worker_bytes(assembly, largest, cuda=cuda))
     return dataclasses.replace(checked, worker_bytes=max(found, default=0))
 
 

@@ -33,6 +33,7 @@ from storage.checkpoints import CheckpointError, CheckpointStore
 from storage.retries import StopRequestedError, is_transient, with_retries
 from storage.trials import Claim, LeaseLostError, TrialQueue
 from sweeps import carrying, search
+from sweeps.assembly import Assembly, dataset_identity, open_dataset
 from sweeps.attributes import (
     CURVES,
     FAILURES,
@@ -47,7 +48,7 @@ from sweeps.config import TrialConfig, Value
 from sweeps.errors import SpecError, SweepError, kind_and_line
 from sweeps.launch import NO_ROOM
 from sweeps.limits import Session, spent, stops, stops_in
-from sweeps.objective import Objective, Progress, dataset_identity, open_dataset
+from sweeps.objective import Objective, Progress
 from sweeps.studies import StoredSweep, SweepStudy, check_fingerprint, stored_sweep
 from sweeps.training.loop import Diverged, Interrupted
 
@@ -509,7 +510,7 @@ class Worker:
         if identity not in self._objectives:
             dataset = open_dataset(config, self._options.data_dir)
             check_fingerprint(study.name, study.fingerprint, dataset.fingerprint)
-            self._objectives[identity] = Objective(dataset, self._options.device)
+            self._objectives[identity] = Objective(Assembly(dataset, self._options.device))
         return self._objectives[identity]
 
     def _retry_after(self, error: Exception, claim: Claim) -> bool:

@@ -22,7 +22,7 @@ from torch import nn
 
 from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
-from sweeps import objective
+from sweeps.assembly import open_dataset
 from sweeps.config import TrialConfig
 from sweeps.spec import SweepSpec
 from sweeps.studies import create_or_resume
@@ -72,7 +72,7 @@ def begin(tmp_path: Path, spec: SweepSpec) -> BaseStorage:
 def begin_at(storage_url: str, spec: SweepSpec) -> BaseStorage:
     """The same in any store."""
     store = open_storage(storage_url)
-    dataset = objective.open_dataset(TrialConfig.build(TRAIN), None)
+    dataset = open_dataset(TrialConfig.build(TRAIN), None)
     create_or_resume(store, spec, [dataset.fingerprint] * len(spec.cells))
     return store
 

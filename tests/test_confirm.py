@@ -33,14 +33,15 @@ from storage.engine import close_storage, open_storage
 from storage.leases import LEASE_ATTR
 from storage.serve import StoreServer
 from storage.trials import TrialQueue
-from sweeps import objective, search
+from sweeps import assembly, search
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.cli import app
 from sweeps.config import TrialConfig
 from sweeps.confirm import enqueue_runs
 from sweeps.confirmation import Confirmation, read_answer
 from sweeps.errors import SpecError, SweepError
 from sweeps.findings import headline, notes, read_findings, study_sentences
-from sweeps.objective import Objective, Progress, open_dataset
+from sweeps.objective import Objective, Progress
 from sweeps.page import results_csv, table_markdown
 from sweeps.report import answer_table
 from sweeps.spec import SweepSpec
@@ -122,7 +123,7 @@ def scored_anew(params: dict[str, Any], **changes: Any) -> tuple[float, float]:
     """Accuracy on the validation and on the test images of a training that nothing stopped."""
     torch.set_num_threads(1)
     config = TrialConfig.build({**TRAIN, **changes, **params})
-    trained = Objective(open_dataset(config, None), torch.device("cpu"))
+    trained = Objective(Assembly(open_dataset(config, None), torch.device("cpu")))
     heard: list[Progress] = []
     value = trained.run(config, seeds=1, test=True, on_epoch=heard.append)
     return heard[-1].score, value
@@ -300,7 +301,7 @@ def test_a_run_scores_the_test_images_once_and_a_killed_one_leaves_one_record(
     confirm(store, seeds=2)
     dataset = open_dataset(TrialConfig.build(TRAIN), None)
     scored: list[int] = []
-    evaluate = objective.evaluate
+    evaluate = assembly.evaluate
 
     def counted(model: Any, images: Any, labels: Any, **more: Any) -> tuple[float, float, int]:
         scored.append(len(labels))
@@ -314,7 +315,7 @@ def test_a_run_scores_the_test_images_once_and_a_killed_one_leaves_one_record(
     def killed(*_: Any, **__: Any) -> bool:
         raise Killed
 
-    monkeypatch.setattr(objective, "evaluate", counted)
+    monkeypatch.setattr(assembly, "evaluate", counted)
     monkeypatch.setattr(TrialQueue, "finish", killed)
     with pytest.raises(Killed):  # scored, and nothing of it written
         make_worker(tmp_path, "tiny-confirm", worker_id="dead").run()

@@ -15,8 +15,8 @@ from PIL import Image
 
 from models import build_model
 from sweeps import reference, search, specfiles
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.cli import app
-from sweeps.objective import Objective, open_dataset
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -218,8 +218,7 @@ def test_the_example_of_a_sweep_is_sound(tmp_path: Path, text: str) -> None:
     search.check(made)
     for cell in made.cells:
         config = made.config(cell, made.lowest_params())
-        objective = Objective(open_dataset(config, None), torch.device("cpu"))
-        objective.check(config)
+        Assembly(open_dataset(config, None), torch.device("cpu")).check(config)
 
 
 def test_the_tour_runs(tmp_path: Path) -> None:

@@ -34,9 +34,11 @@ from models import (
     parameter_groups,
     stacked_forward,
 )
-from sweeps import config, objective
+from sweeps import config
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
+from sweeps.objective import Objective
 from sweeps.training import federated
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import evaluate
@@ -429,7 +431,7 @@ def test_a_trial_trains(norm: str, algorithm: str) -> None:
          "epochs": 4, "global_batch_size": 32},
     )  # fmt: skip
     losses: list[float] = []
-    run = objective.Objective(objective.open_dataset(made, None), torch.device("cpu"))
+    run = Objective(Assembly(open_dataset(made, None), torch.device("cpu")))
     accuracy = run.run(made, seeds=1, on_epoch=lambda p: losses.append(p.result.train_loss))
     assert len(losses) == 4
     assert losses[-1] < losses[0]
@@ -448,7 +450,7 @@ def test_a_trial_trains_some_devices_at_a_time() -> None:
     for _ in range(2):
         losses: list[float] = []
         runs.append(losses)
-        run = objective.Objective(objective.open_dataset(made, None), torch.device("cpu"))
+        run = Objective(Assembly(open_dataset(made, None), torch.device("cpu")))
         run.run(made, seeds=1, on_epoch=lambda p: losses.append(p.result.val_loss))  # noqa: B023
     assert runs[0] == runs[1]
     assert runs[0][-1] < min(runs[0][0], math.log(10))

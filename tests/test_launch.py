@@ -11,7 +11,9 @@ from optuna.trial import TrialState
 
 from data.sources import load_dataset
 from storage.leases import LEASE_ATTR
+from sweeps.assembly import Assembly
 from sweeps.config import TrialConfig
+from sweeps.footprint import saved_bytes, worker_bytes
 from sweeps.launch import (
     HEALTHY_SECONDS,
     MAX_RESTARTS,
@@ -40,7 +42,6 @@ from sweeps.machine import (
     gpu_room,
     reason,
 )
-from sweeps.objective import Objective, saved_bytes
 from sweeps.packing import counts, fewest_near_best, goes_on
 
 GB = 10**9
@@ -243,18 +244,18 @@ def test_memory_is_what_is_free_within_the_narrowest_limit(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("norm", ["group", "fixup"])
 def test_a_workers_memory_grows_with_its_batch_and_its_data(norm: str) -> None:
-    objective = Objective(load_dataset("digits"), torch.device("cpu"))
+    assembly = Assembly(load_dataset("digits"), torch.device("cpu"))
 
     def config_of(batch: int) -> TrialConfig:
         train = {"global_batch_size": batch, "norm": norm}
         return make_spec(train=train).config({}, {"peak_lr": 0.1})
 
-    small, large = (objective.worker_bytes(config_of(batch), cuda=False) for batch in (128, 1024))
+    small, large = (worker_bytes(assembly, config_of(batch), cuda=False) for batch in (128, 1024))
     assert PROCESS_BYTES < small < large < 2 * PROCESS_BYTES
     config = config_of(128)
     kept = (large - small) / (1024 - 128)
-    model = objective._model(config, 0)
-    images = objective._prepare(config).val_images[0][:64].clone()
+    model = assembly.model(config, 0)
+    images = assembly.prepared(config).val_images[0][:64].clone()
     # Fixup keeps products of weights and scales too, as many whatever the batch.
     more = saved_bytes(model, images) - saved_bytes(model, images[:32].clone())
     assert more / 32 == pytest.approx(kept, rel=0.05)

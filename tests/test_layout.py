@@ -22,6 +22,7 @@ ALLOWED = {
     "models": {"models"},
     "storage": {"storage"},
     "sweeps.training": {"sweeps.training"},
+    "sweeps.assembly": {"data", "models", "sweeps.config", "sweeps.training"},
     "sweeps.errors": set(),
     "sweeps.config": {"sweeps.errors"},
     "sweeps.space": {"sweeps.config", "sweeps.errors"},

@@ -27,11 +27,13 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from models import build_model, classifier_parameters, parameter_groups
 from storage.checkpoints import CheckpointStore
-from sweeps import config, objective, search, specfiles
+from sweeps import config, search, specfiles
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
 from sweeps.figures import make_figures
 from sweeps.findings import read_findings
+from sweeps.objective import Objective, Progress
 from sweeps.page import results_csv, table_markdown
 from sweeps.progress import describe_params
 from sweeps.spec import SweepSpec
@@ -376,19 +378,24 @@ def test_smoothed_labels_and_nesterov_by_their_definition(label_smoothing: float
         assert_equal(ours, theirs)
 
 
-def make_objective(values: dict[str, Any]) -> tuple[objective.Objective, TrialConfig]:
+def make_assembly(values: dict[str, Any]) -> tuple[Assembly, TrialConfig]:
     made = TrialConfig.build({**TRAIN, **values})
-    dataset = objective.open_dataset(made, None)
-    return objective.Objective(dataset, torch.device("cpu")), made
+    return Assembly(open_dataset(made, None), torch.device("cpu")), made
+
+
+def make_objective(values: dict[str, Any]) -> tuple[Objective, TrialConfig]:
+    assembly, made = make_assembly(values)
+    return Objective(assembly), made
 
 
 def training_of(label_smoothing: float) -> tuple[Training, nn.Module, Tensor]:
     """A trial's training, its model, and the labels that it trains on."""
-    run, made = make_objective({"label_smoothing": label_smoothing, "norm": "fixup", "epochs": 6})
-    training = run._training(made, 0, lambda: False)
+    values = {"label_smoothing": label_smoothing, "norm": "fixup", "epochs": 6}
+    assembly, made = make_assembly(values)
+    training = assembly.training(made, 0)
     algorithm = training._algorithm
     assert isinstance(algorithm, SynchronousSGD)
-    return training, algorithm.global_model(), run._prepare(made).train_labels
+    return training, algorithm.global_model(), assembly.prepared(made).train_labels
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
@@ -522,8 +529,8 @@ class Stop(Exception):
     pass
 
 
-def stop_after(epochs: int) -> Callable[[objective.Progress], None]:
-    def on_epoch(progress: objective.Progress) -> None:
+def stop_after(epochs: int) -> Callable[[Progress], None]:
+    def on_epoch(progress: Progress) -> None:
         if progress.step == epochs:
             raise Stop
 

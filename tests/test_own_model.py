@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from models import build_model
 from models.norms import DeviceBatchNorm2d
 from storage.checkpoints import CheckpointStore
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
-from sweeps.objective import Objective, Progress, open_dataset
+from sweeps.objective import Objective, Progress
 
 MODULE = """
 from torch import nn
@@ -98,7 +99,7 @@ def config(**changes: Any) -> TrialConfig:
 def train(made: TrialConfig, **options: Any) -> list[Progress]:
     torch.set_num_threads(1)
     heard: list[Progress] = []
-    objective = Objective(open_dataset(made, None), torch.device("cpu"))
+    objective = Objective(Assembly(open_dataset(made, None), torch.device("cpu")))
     objective.run(made, seeds=1, **{"on_epoch": heard.append, **options})
     return heard
 
@@ -197,7 +198,7 @@ def test_a_resumed_training_equals_one_never_stopped(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], says: str) -> None:
     made = config(**changes)
     with pytest.raises(ValueError, match=says) as refusal:
-        Objective(open_dataset(made, None), torch.device("cpu")).check(made)
+        Assembly(open_dataset(made, None), torch.device("cpu")).check(made)
     assert "\n" not in str(refusal.value)
 
 

@@ -10,6 +10,7 @@ import torch
 from data.dataset import Dataset
 from data.sources import load_dataset
 from storage.checkpoints import CheckpointStore
+from sweeps.assembly import Assembly
 from sweeps.config import TrialConfig
 from sweeps.objective import Objective, Progress
 from sweeps.training.loop import Interrupted
@@ -66,20 +67,20 @@ def test_a_trial_of_few_devices_a_round_goes_on_as_if_never_stopped(
     tmp_path: Path, digits: Dataset, norm: str
 ) -> None:
     wanted = config(norm=norm, shared_images=50)
-    whole = curve(Objective(digits, CPU), wanted)
+    whole = curve(Objective(Assembly(digits, CPU)), wanted)
     store = CheckpointStore(tmp_path)
     for stop_at in (20, 20):  # 15 updates an epoch: within the second, then within the third
         with pytest.raises(Interrupted):
-            curve(Objective(digits, CPU), wanted, store, stop_at)
-    assert Objective(digits, CPU).completed_steps(wanted, store, "trial") == 2
-    assert numbers(curve(Objective(digits, CPU), wanted, store)) == numbers(whole)
+            curve(Objective(Assembly(digits, CPU)), wanted, store, stop_at)
+    assert Objective(Assembly(digits, CPU)).completed_steps(wanted, store, "trial") == 2
+    assert numbers(curve(Objective(Assembly(digits, CPU)), wanted, store)) == numbers(whole)
 
 
 def test_settings_reach_the_batches(digits: Dataset) -> None:
-    objective = Objective(digits, CPU)
+    assembly = Assembly(digits, CPU)
 
     def shown(**changes: Any) -> list[tuple[list[int] | None, int]]:
-        batches = objective._batches(config(**changes), seed=0)
+        batches = assembly.batches(config(**changes), seed=0)
         assert batches.updates_per_epoch == 15  # 1,212 images, however many hold them
         return [
             (None if ids is None else ids.tolist(), each)
@@ -97,9 +98,9 @@ def test_settings_reach_the_batches(digits: Dataset) -> None:
 
 
 def test_shared_images_train_on_every_device(digits: Dataset) -> None:
-    objective = Objective(digits, CPU)
+    assembly = Assembly(digits, CPU)
     alone, shared = (
-        objective._prepare(config(num_devices=10, participation=1.0, shared_images=n)).shards
+        assembly.prepared(config(num_devices=10, participation=1.0, shared_images=n)).shards
         for n in (0, 100)
     )
     common = set(shared[0].tolist()).intersection(*(shard.tolist() for shard in shared))
@@ -108,8 +109,8 @@ def test_shared_images_train_on_every_device(digits: Dataset) -> None:
 
 
 def test_more_shared_images_than_there_are_is_refused_before_training(digits: Dataset) -> None:
-    objective = Objective(digits, CPU)
-    objective.check(config(shared_images=100))
+    assembly = Assembly(digits, CPU)
+    assembly.check(config(shared_images=100))
     too_many = dataclasses.replace(config(), shared_images=1203)
     with pytest.raises(ValueError, match="shared_images is 1203: it must be from 0 to 1202"):
-        objective.check(too_many)
+        assembly.check(too_many)

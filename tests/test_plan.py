@@ -25,11 +25,11 @@ from data.errors import DataError
 from data.sources import load_dataset, outline
 from storage.trials import TrialQueue
 from sweeps import search, specfiles
+from sweeps.assembly import Assembly, Sizes
 from sweeps.attributes import CURVES, OUTCOME
 from sweeps.confirm import enqueue_runs
 from sweeps.errors import SpecError, SweepError
 from sweeps.machine import Slot
-from sweeps.objective import Objective, Sizes
 from sweeps.planning.measuring import unmeasured
 from sweeps.planning.plan import Plan, count
 from sweeps.planning.sampling import throwaway_folder
@@ -147,10 +147,10 @@ def test_studies_that_carry_are_dealt_one_after_another() -> None:
 def test_images_are_those_that_a_trial_trains_on(train: dict[str, Any], images: int) -> None:
     spec = make_spec(train={**train, "epochs": 1}, search={}, budget={"trials": 1})
     config = spec.config({}, {})
-    objective = Objective(load_dataset("digits"), torch.device("cpu"))
-    sizes = objective.sizes(config)
+    assembly = Assembly(load_dataset("digits"), torch.device("cpu"))
+    sizes = assembly.sizes(config)
     assert sizes.images_per_epoch == images
-    batches = objective._batches(config, 0)
+    batches = assembly.batches(config, 0)
     assert batches.updates_per_epoch == sizes.updates_per_epoch
     assert sum(len(batch.labels) for batch in batches.epoch(0)) == images
 

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batches import DeviceBatches
 from models import build_model, parameter_groups
+from sweeps.assembly import Assembly, compiles, open_dataset
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
-from sweeps.objective import Objective, compiles, open_dataset
+from sweeps.objective import Objective
 from sweeps.training import rounds
 from sweeps.training.compiled import CompiledNetwork
 from sweeps.training.loop import (
@@ -45,10 +46,11 @@ from sweeps.training.schedule import Schedule
 NO_COMPILER = """
 import sys
 from helpers import make_spec
-from sweeps.objective import Objective, open_dataset
+from sweeps.assembly import Assembly, open_dataset
+from sweeps.objective import Objective
 import torch
 config = make_spec(train={"epochs": 1}).config({}, {"peak_lr": 0.1})
-Objective(open_dataset(config, None), torch.device("cpu")).run(
+Objective(Assembly(open_dataset(config, None), torch.device("cpu"))).run(
     config, seeds=1, on_epoch=lambda _: None
 )
 assert "torch._dynamo" not in sys.modules
@@ -290,7 +292,7 @@ def test_scalars_learn_as_the_authors_of_each_network_have_them(
     def losses(factor: float | str) -> list[float]:
         train = {"norm": norm, "scalar_lr_factor": factor, "epochs": 1}
         config = make_spec(train=train).config({}, {"peak_lr": 0.1})
-        objective = Objective(open_dataset(config, None), torch.device("cpu"))
+        objective = Objective(Assembly(open_dataset(config, None), torch.device("cpu")))
         heard: list[float] = []
         objective.run(config, seeds=1, on_epoch=lambda p: heard.append(p.result.train_loss))
         return heard
@@ -382,7 +384,7 @@ def test_fixup_that_is_slow_to_leave_its_constant_guess_is_not_dead() -> None:
         validation_fraction=0.2, scalar_lr_factor=1.0,
     )  # fmt: skip
     heard: list[EpochResult] = []
-    objective = Objective(open_dataset(config, None), torch.device("cpu"))
+    objective = Objective(Assembly(open_dataset(config, None), torch.device("cpu")))
     objective.run(config, seeds=1, on_epoch=lambda progress: heard.append(progress.result))
     assert [r.predicted_classes for r in heard[:3]] == [1, 1, 1]
     assert all(abs(r.train_loss - math.log(10)) < 1e-2 for r in heard[:3])

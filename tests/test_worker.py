@@ -20,10 +20,11 @@ from storage.engine import open_storage
 from storage.leases import LEASE_ATTR
 from storage.trials import Claim, TrialQueue
 from sweeps import worker as worker_module
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.attributes import CURVES, PROVENANCE
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError, SweepError
-from sweeps.objective import Objective, Progress, open_dataset
+from sweeps.objective import Objective, Progress
 from sweeps.search import SAMPLERS
 from sweeps.status import read_status
 from sweeps.studies import stored_sweep
@@ -295,7 +296,7 @@ def test_an_epoch_whose_checkpoint_was_not_written_yet_is_trained_again(
     assert (trial.state, trial.last_step) == (TrialState.RUNNING, last)
     (study,) = stored_sweep(store, "tiny").studies
     config = spec.config(study.cell, trial.params)
-    objective = Objective(open_dataset(config, None), torch.device("cpu"))
+    objective = Objective(Assembly(open_dataset(config, None), torch.device("cpu")))
     checkpoints = CheckpointStore(tmp_path / "checkpoints")
     assert objective.completed_steps(config, checkpoints, "tiny/0") == last - 1
     make_worker(tmp_path).run()

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from data.dataset import Outline
 from data.sources import outline
+from sweeps.assembly import Sizes, dataset_identity
 from sweeps.carrying import HEAD_START
 from sweeps.config import Value
 from sweeps.limits import epochs_spent, seconds_spent
 from sweeps.machine import NOTHING_KNOWN, Need, Slot
-from sweeps.objective import Sizes, dataset_identity
 from sweeps.planning.shapes import Shape, shapes
 from sweeps.planning.share import Share, epoch_share
 from sweeps.planning.speeds import Sample

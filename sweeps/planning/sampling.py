@@ -35,10 +35,11 @@ from data.folders import cache_dir
 from data.sources import load_dataset, outline
 from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
+from sweeps.assembly import dataset_identity
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SweepError, first_line
 from sweeps.machine import Slot
-from sweeps.objective import Objective, dataset_identity
+from sweeps.objective import Objective
 from sweeps.planning.shapes import Shape
 from sweeps.planning.speeds import Sample
 from sweeps.planning.stopwatch import Stopwatch

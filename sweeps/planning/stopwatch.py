@@ -14,21 +14,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from data.dataset import Dataset
 from storage.checkpoints import CheckpointStore
+from sweeps.assembly import Assembly, autocast_dtype
 from sweeps.config import TrialConfig
 from sweeps.errors import SweepError, first_line, kind_and_line
-from sweeps.objective import Objective, Progress, autocast_dtype
+from sweeps.objective import Objective, Progress
 from sweeps.planning.speeds import STARTUP_SECONDS, Sample
 from sweeps.training.loop import Diverged, Interrupted, Training, evaluate
 from sweeps.worker import StopRequest
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SMALL_BATCH = 32
 """Images of the first batch, by which the time of a large one is foreseen."""
@@ -62,6 +60,18 @@ class _Run:
     ended: float = 0.0
 
 
+class _Keeping(Assembly):
+    """Keeps the training that it made last, whose network and state are measured apart."""
+
+    last: Training | None = None
+
+    def training(
+        self, config: TrialConfig, seed: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> Training:
+        self.last = super().training(config, seed, should_stop)
+        return self.last
+
+
 class Stopwatch(Objective):
     """Trains as an `Objective` does, for some seconds, and takes the time.
 
@@ -81,7 +91,9 @@ class Stopwatch(Objective):
         seconds: float,
         stop: StopRequest | None = None,
     ) -> None:
-        super().__init__(dataset, device)
+        self._made = _Keeping(dataset, device)
+        super().__init__(self._made)
+        self._device = device
         self._config = config
         self._seconds = seconds
         self._stop = StopRequest() if stop is None else stop
@@ -89,8 +101,6 @@ class Stopwatch(Objective):
         self._runs: list[_Run] = []
         self._first = 0.0
         self._checkpoint_bytes = 0
-        self._network: nn.Module | None = None
-        self._latest: Training | None = None
         self.called = 0.0
         """When the first run was asked for, by `time.perf_counter`."""
         self.error = ""
@@ -100,13 +110,11 @@ class Stopwatch(Objective):
         self,
         config: TrialConfig,
         *,
-        seeds: int,
-        test: bool = False,
         on_epoch: Callable[[Progress], None],
         should_stop: Callable[[], bool] = lambda: False,
         checkpoints: CheckpointStore | None = None,
         key: str = "",
-        may_replace: Callable[[], bool] = lambda: True,
+        **others: Any,
     ) -> float:
         """As `Objective.run`, until the seconds are over.
 
@@ -136,13 +144,11 @@ class Stopwatch(Objective):
             try:
                 return super().run(
                     dataclasses.replace(config, global_batch_size=self._batch),
-                    seeds=seeds,
-                    test=test,
                     on_epoch=heard,
                     should_stop=lambda: watch() or should_stop(),
                     checkpoints=checkpoints,
                     key=key,
-                    may_replace=may_replace,
+                    **others,
                 )
             finally:
                 run.ended = time.perf_counter()
@@ -167,7 +173,7 @@ class Stopwatch(Objective):
             raise SweepError(self.error)
         config, runs = self._config, [run for run in self._runs if run.marks]
         batch = self._batch or config.global_batch_size
-        sizes = self.sizes(config)
+        sizes = self._made.sizes(config)
         gaps = [b - a for run in runs for a, b in itertools.pairwise(run.ends)]
         if not gaps:  # trials of one epoch
             gaps = [run.ends[0] - run.began for run in runs if run.ends]
@@ -199,16 +205,6 @@ class Stopwatch(Objective):
         if self._device.type != "cuda":
             return 0
         return torch.cuda.max_memory_reserved(self._device)
-
-    def _model(self, config: TrialConfig, seed: int) -> nn.Module:
-        self._network = super()._model(config, seed)
-        return self._network
-
-    def _training(
-        self, config: TrialConfig, seed: int, should_stop: Callable[[], bool]
-    ) -> Training:
-        self._latest = super()._training(config, seed, should_stop)
-        return self._latest
 
     def _foresee(self, config: TrialConfig) -> int:
         """The batch to measure with: the config's own, or the largest that is done in time."""
@@ -273,16 +269,16 @@ class Stopwatch(Objective):
 
     def _scoring(self, images: int) -> float:
         """Seconds that scoring so many validation images takes."""
-        assert self._network is not None
-        assert self._prepared is not None
-        prepared = self._prepared[1]
+        assert self._made.last is not None
+        prepared = self._made.prepared(self._config)
+        network = self._made.last.global_model()
         few = min(len(prepared.val_images[0]), max(SMALL_BATCH, (self._batch or 0) // 2))
         labels = prepared.val_labels[:few]
         took = float("inf")
         for _ in range(2):
             began = time.perf_counter()
             evaluate(
-                self._network,
+                network,
                 [prepared.val_images[0][:few]],
                 labels,
                 autocast_dtype=autocast_dtype(self._config, self._device),
@@ -294,12 +290,12 @@ class Stopwatch(Objective):
 
     def _saving(self, checkpoints: CheckpointStore | None) -> float:
         """Seconds that an epoch waits for its checkpoint and report."""
-        assert self._latest is not None
+        assert self._made.last is not None
         if checkpoints is None:
             return OVERHEAD_SECONDS
         with checkpoints.writer("weighed") as writer:
             began = time.perf_counter()
-            writer.save({"training": self._latest.state_dict()})
+            writer.save({"training": self._made.last.state_dict()})
             took = time.perf_counter() - began
         self._weigh(checkpoints, "weighed")
         checkpoints.delete("weighed")

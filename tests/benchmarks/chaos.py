@@ -401,14 +401,15 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from sweeps.specfiles import load
-from sweeps.objective import Objective, open_dataset
+from sweeps.assembly import Assembly, open_dataset
+from sweeps.objective import Objective
 from sweeps.process import prepare_process
 prepare_process(torch.device("cpu"), 1)
 sweep = load({spec!r})
 storage = RDBStorage({url!r}, heartbeat_interval=2, grace_period=6,
     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=None))
 dataset = open_dataset(sweep.config({{}}, sweep.lowest_params()), None)
-objective = Objective(dataset, torch.device("cpu"))
+objective = Objective(Assembly(dataset, torch.device("cpu")))
 study = optuna.create_study(storage=storage, study_name="plain", load_if_exists=True,
     direction="maximize", sampler=optuna.samplers.RandomSampler())
 def run(trial):

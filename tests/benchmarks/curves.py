@@ -142,8 +142,9 @@ def train(question: str, curve: Curve) -> dict[str, Any]:
     """Train one curve to its end; return its record."""
     import torch
 
+    from sweeps.assembly import Assembly, open_dataset
     from sweeps.config import TrialConfig
-    from sweeps.objective import Objective, Progress, open_dataset
+    from sweeps.objective import Objective, Progress
     from sweeps.training.loop import Diverged
 
     torch.set_num_threads(1)
@@ -159,16 +160,16 @@ def train(question: str, curve: Curve) -> dict[str, Any]:
             "seed": asked.seeds[curve.seed],
         }
     )
-    global _objective
-    if _objective is None:
-        _objective = Objective(open_dataset(config, None), torch.device("cpu"))
-    sizes = _objective.sizes(config)
+    global _assembly
+    if _assembly is None:
+        _assembly = Assembly(open_dataset(config, None), torch.device("cpu"))
+    sizes = _assembly.sizes(config)
     epochs: list[Progress] = []
     started = time.process_time()
     end, reason = "complete", ""
     cost = float(EPOCHS)
     try:
-        _objective.run(config, seeds=1, on_epoch=epochs.append)
+        Objective(_assembly).run(config, seeds=1, on_epoch=epochs.append)
     except Diverged as diverged:
         reason = str(diverged)
         update = re.search(r"update (\d+)$", reason)
@@ -186,7 +187,7 @@ def train(question: str, curve: Curve) -> dict[str, Any]:
     }
 
 
-_objective: Any = None
+_assembly: Any = None
 
 
 def read(path: Path) -> dict[Curve, dict[str, Any]]:

@@ -55,8 +55,8 @@ from torchvision import transforms
 from data.batches import DeviceBatches, channel_statistics
 from data.dataset import Dataset
 from models import build_model
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.config import TrialConfig
-from sweeps.objective import Objective, open_dataset
 from sweeps.process import prepare_process
 from sweeps.training.loop import Evaluation
 
@@ -96,7 +96,7 @@ class Ours:
     """Epochs as a worker trains them, one after the other, without their validation."""
 
     def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device) -> None:
-        self.training = Objective(dataset, device)._training(config, SEED, lambda: False)
+        self.training = Assembly(dataset, device).training(config, SEED)
         self.training._evaluate = lambda: Evaluation(1.0, 0.5, 10, 1.0)
         self.images = self.training._batches.images_per_epoch
         self._epochs = self.training.run()

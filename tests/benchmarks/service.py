@@ -302,16 +302,17 @@ torch.set_num_threads(1)
 import sweeps.run
 from data.dataset import made_dataset
 from data.sources import load_dataset, outline
+from sweeps.assembly import Assembly
 from sweeps.config import TrialConfig
-from sweeps.objective import Objective
+from sweeps.footprint import worker_bytes
 name, model, batch, width = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 none = Path("none")
 data = load_dataset(name) if name == "digits" else made_dataset(outline(name, data_dir=none))
 config = TrialConfig.build({"dataset": name, "model": model, "norm": "group", "num_groups": 2,
     "width_factor": width, "global_batch_size": batch, "num_devices": 4, "split": "iid",
     "epochs": 1})
-planned = Objective(data, torch.device("cpu")).worker_bytes(config, cuda=False)
-training = Objective(data, torch.device("cpu"))._training(config, 0, lambda: False)
+planned = worker_bytes(Assembly(data, torch.device("cpu")), config, cuda=False)
+training = Assembly(data, torch.device("cpu")).training(config, 0)
 training._algorithm.round(next(iter(training._batches.epoch(0))), 0.0)
 lines = dict(l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines())
 files = sum(int(lines[k].split()[0]) for k in ("RssFile", "RssShmem"))

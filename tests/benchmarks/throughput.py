@@ -36,7 +36,7 @@ from sweeps.objective import Progress
 from sweeps.training.loop import EpochResult, Interrupted
 from sweeps.worker import StopRequest, Worker, WorkerOptions
 class Nothing:
-    def run(self, config, *, seeds, test, on_epoch, should_stop, checkpoints, key):
+    def run(self, config, *, seeds, test, on_epoch, should_stop, checkpoints, key, may_replace):
         for epoch in range(1, {epochs} + 1):
             if should_stop():
                 raise Interrupted
