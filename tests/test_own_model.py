@@ -119,6 +119,7 @@ def test_it_learns_with_every_norm(norm: str) -> None:
         {"algorithm": "scaffold", "local_steps": 3},
         {"algorithm": "fedavg", "local_steps": 3, "virtual_features": 1.0},
         {"agc_clip_factor": 0.1, "optimizer": "lars", "lars_trust_coefficient": 0.01},
+        {"optimizer": "muon", "muon_lr_factor": 0.1},
     ],
     ids=str,
 )
