@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sweeps.launch import Place
     from sweeps.spec import SweepSpec
-    from sweeps.worker import StopRequest
+    from sweeps.stopping import StopRequest
 
 DEFAULT_STORAGE = "sqlite:///sweep.db"
 
@@ -282,7 +282,7 @@ def worker(
 ) -> None:
     """Join a sweep that was started: pull trials until its budget is met."""
     from sweeps.run import run_worker
-    from sweeps.worker import StopRequest
+    from sweeps.stopping import StopRequest
 
     if hold:
         import optuna.storages._rdb.storage  # noqa: F401 - what a store needs, while there is time

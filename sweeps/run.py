@@ -43,11 +43,13 @@ from sweeps.planning.words import plan_line
 from sweeps.preflight import agreed, device_named, estimate, load_data
 from sweeps.process import prepare_process
 from sweeps.progress import open_view, print_line
+from sweeps.provenance import new_worker_id
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
 from sweeps.status import StatusReader, SweepStatus, TrialStatus, read_status
+from sweeps.stopping import StopRequest
 from sweeps.studies import Addition, create_or_resume, shown_url, stored_names, stored_sweep
-from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
+from sweeps.worker import Worker, WorkerOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,8 +25,9 @@ from storage.engine import open_storage
 from sweeps.assembly import open_dataset
 from sweeps.config import TrialConfig
 from sweeps.spec import SweepSpec
+from sweeps.stopping import StopRequest
 from sweeps.studies import create_or_resume
-from sweeps.worker import StopRequest, Worker, WorkerOptions
+from sweeps.worker import Worker, WorkerOptions
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # What every child would import again. One server of forks serves all test modules of a run.

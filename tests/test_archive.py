@@ -36,9 +36,10 @@ from sweeps.errors import SpecError, SweepError
 from sweeps.limits import request_stop, stops
 from sweeps.merging import MERGED_FROM
 from sweeps.status import read_status
+from sweeps.stopping import StopRequest
 from sweeps.studies import Addition, create_or_resume, stored_sweep
 from sweeps.transfer import export_sweep, import_sweep
-from sweeps.worker import StopRequest, Worker, WorkerOptions
+from sweeps.worker import Worker, WorkerOptions
 
 
 def trials(store_url: str, study: str = "tiny") -> list[FrozenTrial]:

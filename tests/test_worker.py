@@ -23,13 +23,15 @@ from sweeps import worker as worker_module
 from sweeps.assembly import Assembly, open_dataset
 from sweeps.attributes import CURVES, PROVENANCE
 from sweeps.config import TrialConfig
+from sweeps.epochs import Reporter
 from sweeps.errors import SpecError, SweepError
 from sweeps.objective import Objective, Progress
 from sweeps.search import SAMPLERS
 from sweeps.status import read_status
+from sweeps.stopping import StopRequest
 from sweeps.studies import stored_sweep
 from sweeps.training.loop import Diverged, Interrupted
-from sweeps.worker import StopRequest, Worker, WorkerOptions
+from sweeps.worker import Worker, WorkerOptions
 
 
 def test_the_budget_is_met_exactly_and_trials_say_what_they_were(tmp_path: Path) -> None:
@@ -70,14 +72,14 @@ def test_one_worker_and_the_same_seed_give_the_same_trials(tmp_path: Path) -> No
 
 def stop_after(step: int, stop: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set `stop` as a signal would, once a step was reported."""
-    report = worker_module._Reporter.__call__
+    report = Reporter.__call__
 
     def reporting(self: Any, progress: Progress) -> None:
         report(self, progress)
         if progress.step == step:
             stop.set()
 
-    monkeypatch.setattr(worker_module._Reporter, "__call__", reporting)
+    monkeypatch.setattr(Reporter, "__call__", reporting)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -502,7 +504,7 @@ def test_a_trial_that_gets_on_may_lose_any_number_of_workers(
     """Preempted at every epoch, more often than a trial may die without getting anywhere."""
     store = begin(tmp_path, make_spec(train={"epochs": 6}, budget={"trials": 1}))
     (study,) = stored_sweep(store, "tiny").studies
-    report = worker_module._Reporter.__call__
+    report = Reporter.__call__
 
     class Killed(BaseException):
         pass
@@ -515,7 +517,7 @@ def test_a_trial_that_gets_on_may_lose_any_number_of_workers(
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(worker_module._Reporter, "__call__", dying)
+            patch.setattr(Reporter, "__call__", dying)
             with pytest.raises(Killed):
                 make_worker(tmp_path, worker_id=f"w{step}").run()
         clock = [0.0]

@@ -44,10 +44,12 @@ from sweeps.planning.shapes import Shape
 from sweeps.planning.speeds import Sample
 from sweeps.planning.stopwatch import Stopwatch
 from sweeps.process import prepare_process
+from sweeps.provenance import new_worker_id
 from sweeps.sections import Budget
 from sweeps.spec import SweepSpec
+from sweeps.stopping import StopRequest
 from sweeps.studies import SweepStudy, create_or_resume
-from sweeps.worker import StopRequest, Worker, WorkerOptions, new_worker_id
+from sweeps.worker import Worker, WorkerOptions
 
 if TYPE_CHECKING:
     from sweeps.studies import StoredSweep

@@ -25,8 +25,8 @@ from sweeps.config import TrialConfig
 from sweeps.errors import SweepError, first_line, kind_and_line
 from sweeps.objective import Objective, Progress
 from sweeps.planning.speeds import STARTUP_SECONDS, Sample
+from sweeps.stopping import StopRequest
 from sweeps.training.loop import Diverged, Interrupted, Training, evaluate
-from sweeps.worker import StopRequest
 
 SMALL_BATCH = 32
 """Images of the first batch, by which the time of a large one is foreseen."""

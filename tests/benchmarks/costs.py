@@ -99,9 +99,10 @@ def measure(
     from sweeps.objective import Progress
     from sweeps.spec import SweepSpec
     from sweeps.status import read_status
+    from sweeps.stopping import StopRequest
     from sweeps.studies import create_or_resume, stored_sweep
     from sweeps.training.loop import EpochResult
-    from sweeps.worker import StopRequest, Worker, WorkerOptions
+    from sweeps.worker import Worker, WorkerOptions
 
     table = {
         **SPEC,

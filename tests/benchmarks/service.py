@@ -157,9 +157,10 @@ def in_process(
     from storage.checkpoints import CheckpointStore
     from storage.engine import open_storage
     from sweeps.spec import SweepSpec
+    from sweeps.stopping import StopRequest
     from sweeps.studies import create_or_resume
     from sweeps.training.loop import EpochResult, Training
-    from sweeps.worker import StopRequest, Worker, WorkerOptions
+    from sweeps.worker import Worker, WorkerOptions
 
     def now() -> tuple[float, float]:
         return time.perf_counter(), time.process_time()

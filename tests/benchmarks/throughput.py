@@ -34,7 +34,8 @@ from storage.checkpoints import CheckpointStore
 from storage.engine import open_storage
 from sweeps.objective import Progress
 from sweeps.training.loop import EpochResult, Interrupted
-from sweeps.worker import StopRequest, Worker, WorkerOptions
+from sweeps.stopping import StopRequest
+from sweeps.worker import Worker, WorkerOptions
 class Nothing:
     def run(self, config, *, seeds, test, on_epoch, should_stop, checkpoints, key, may_replace):
         for epoch in range(1, {epochs} + 1):
