@@ -380,6 +380,7 @@ def _sgd_settings(config: TrialConfig) -> SGDSettings:
         if config.optimizer == "lars"
         else None,
         muon_lr_factor=config.muon_lr_factor if config.optimizer == "muon" else None,
+        muon_weight_decay=config.muon_weight_decay,
         agc_clip_factor=None if isinstance(agc, str) else agc,
         label_smoothing=config.label_smoothing,
     )

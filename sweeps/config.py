@@ -356,14 +356,16 @@ class TrialConfig:
         float,
         above=0,
     )
-    momentum: float = _setting(0.9, "Momentum of the optimizer.", float, low=0, high=0.9999)
-    nesterov: bool = _setting(False, "Nesterov's form of the momentum.", bool)
-    weight_decay: float = _setting(
-        5e-4,
-        "L2 penalty; under Muon the layers' weights shrink by this share of their learning rate.",
+    muon_weight_decay: float = _setting(
+        0.05,
+        "Share of their learning rate by which the layers' weights shrink in a step under Muon, in "
+        "place of the L2 penalty.",
         float,
         low=0,
     )
+    momentum: float = _setting(0.9, "Momentum of the optimizer.", float, low=0, high=0.9999)
+    nesterov: bool = _setting(False, "Nesterov's form of the momentum.", bool)
+    weight_decay: float = _setting(5e-4, "L2 penalty.", float, low=0)
     weight_decay_on: str = _setting(
         "all",
         "`weights` spares Fixup's scalars, the norms' scales and biases and the classifier's bias.",

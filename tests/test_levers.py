@@ -235,7 +235,7 @@ class SlowMuon:
             b = momentum.flatten(1).mul_(s.momentum).add_(gradient)
             direction = orthogonalised_slowly(gradient + s.momentum * b if s.nesterov else b)
             size = math.sqrt(max(1, direction.shape[0] / direction.shape[1]))
-            p.data -= lr * (size * direction.view_as(p) + s.weight_decay * p.data)
+            p.data -= lr * (size * direction.view_as(p) + s.muon_weight_decay * p.data)
 
 
 @pytest.mark.parametrize("norm", ["group", "fixup"])
@@ -244,13 +244,14 @@ class SlowMuon:
     [
         {},
         {"momentum": 0.0},
-        {"weight_decay": 0.0, "nesterov": True},
+        {"muon_weight_decay": 0.0, "nesterov": True},
         {"decay_scalars": False, "scalar_lr_factor": 0.1},
     ],
     ids=str,
 )
 def test_muon_is_its_authors(norm: str, changes: dict[str, Any]) -> None:
-    settings = replace(SGDSettings(momentum=0.9, weight_decay=5e-3, muon_lr_factor=0.3), **changes)
+    settings = SGDSettings(weight_decay=5e-3, muon_lr_factor=0.3, muon_weight_decay=0.2)
+    settings = replace(settings, **changes)
     ours, theirs = make_model(norm), make_model(norm)
     algorithm, slow = make_algorithm(ours, settings), SlowMuon(theirs, settings)
     for update in range(3):

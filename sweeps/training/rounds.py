@@ -56,6 +56,8 @@ class SGDSettings:
         muon_lr_factor: learning rate of the weights under `Muon`, which then takes the place of
             SGD, as a share of what the classifier and the group "scalars" have, whose steps stay
             those of SGD; None is SGD.
+        muon_weight_decay: share of their learning rate by which the weights under Muon shrink in
+            a step; they have no L2 penalty.
         agc_clip_factor: λ of adaptive gradient clipping (`sweeps.training.clipping`) of the
             weights, before `clip_grad_norm`; None leaves the gradient.
         label_smoothing: share ε of each label that is spread over all classes, the true one
@@ -70,6 +72,7 @@ class SGDSettings:
     nesterov: bool = False
     lars_trust_coefficient: float | None = None
     muon_lr_factor: float | None = None
+    muon_weight_decay: float = 0.0
     agc_clip_factor: float | None = None
     label_smoothing: float = 0.0
 
@@ -145,7 +148,7 @@ class SynchronousSGD:
             )
         elif settings.muon_lr_factor is not None:
             self._optimizer = Muon(
-                _with_matrices(groups_of_optimizer, spared, settings.muon_lr_factor),
+                _with_matrices(groups_of_optimizer, spared, settings),
                 lr=0.0,
                 momentum=settings.momentum,
                 nesterov=settings.nesterov,
@@ -209,22 +212,29 @@ class SynchronousSGD:
 
 
 def _with_matrices(
-    groups: Sequence[dict[str, Any]], classifier: Collection[int], lr_factor: float
+    groups: Sequence[dict[str, Any]], classifier: Collection[int], settings: SGDSettings
 ) -> list[dict[str, Any]]:
     """The groups with what `Muon` orthogonalises in one of its own.
 
     Args:
         groups: as of `param_groups`.
         classifier: ids of parameters that are left out.
-        lr_factor: of the new group.
+        settings: those of the new group.
     """
     parts: list[dict[str, Any]] = []
     for group in groups:
         matrices = [p for p in group["params"] if p.ndim > 1 and id(p) not in classifier]
         others = [p for p in group["params"] if p.ndim <= 1 or id(p) in classifier]
         if matrices:
-            of_matrices = {"params": matrices, "matrices": True, "lr_factor": lr_factor}
-            parts.append(group | of_matrices)
+            parts.append(
+                group
+                | {
+                    "params": matrices,
+                    "matrices": True,
+                    "lr_factor": settings.muon_lr_factor,
+                    "weight_decay": settings.muon_weight_decay,
+                }
+            )
         if others:
             parts.append(group | {"params": others, "matrices": False})
     return parts
