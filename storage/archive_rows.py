@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from storage.engine import StorageError
+from storage.errors import StorageError
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

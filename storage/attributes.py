@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from storage.engine import exclusive, is_grpc, sql_engine
+from storage.engine import exclusive, sql_engine
+from storage.urls import is_grpc
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

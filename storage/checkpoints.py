@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
-from storage.engine import sqlite_path
 from storage.retries import reason
+from storage.urls import sqlite_path
 
 _logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Optuna's storage in a database, whose reads take no lock.
 
-On SQLite every transaction of a worker begins as a writer's (:mod:`storage.engine`), and Optuna's
+On SQLite every transaction of a worker begins as a writer's (:mod:`storage.sqlite`), and Optuna's
 reads are transactions like any other: workers would stand in line to read. Those of
 :class:`Database` begin as readers, and no garbage is collected meanwhile. All else is Optuna's.
 """
@@ -8,19 +8,26 @@ reads are transactions like any other: workers would stand in line to read. Thos
 from __future__ import annotations
 
 import gc
+import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
 
-from storage.engine import reading
+from storage.errors import EmptyStorageError, StorageAwayError, StorageError, StorageURLError
+from storage.readers import reading
 
 T = TypeVar("T")
+
+_CREATE_ATTEMPTS = 12
 
 _READS = (
     "get_all_studies", "get_study_id_from_name", "get_study_name_from_id", "get_study_directions",
@@ -104,3 +111,86 @@ class CachedDatabase(_CachedStorage):
                 raise KeyError(models.NOT_FOUND_MSG)
             self._read_trials_from_remote_storage(study_id)
         super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+
+
+def open_database(
+    url: str, options: dict[str, Any], *, place: str, create: bool = True
+) -> Database:
+    """Construct Optuna's storage; ``place`` names it in messages (no password).
+
+    Args:
+        url: SQLAlchemy's, password and all.
+        options: SQLAlchemy's, of an engine.
+        place: for messages.
+        create: whether to create the tables where there are none.
+
+    Raises:
+        StorageError: it cannot be opened; :class:`EmptyStorageError` where nothing may be created
+            and nothing is there, :class:`StorageAwayError` where a server may come back.
+    """
+    # Optuna takes the URL for a format string.
+    template = url.replace("{", "{{").replace("}", "}}")
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return Database(template, engine_kwargs=options, skip_table_creation=not create)
+        except (ImportError, NoSuchModuleError) as error:
+            raise _missing_driver(url) from error
+        except (DBAPIError, StorageInternalError, AssertionError) as error:
+            # Two processes that create the same tables at once: one of them gets "already
+            # exists" or a unique violation, and finds everything in place on its next try.
+            if create and attempt < _CREATE_ATTEMPTS and _lost_creation_race(error):
+                time.sleep(random.uniform(0.5, 1.0) * min(0.05 * 2**attempt, 2.0))
+                continue
+            raise _cannot_open(place, error, create=create) from error
+        except RuntimeError as error:
+            # Optuna's refusal of a foreign schema version, which names the upgrade command.
+            advice = " ".join(str(error).split()).replace("$STORAGE_URL", repr(place))
+            raise StorageError(f"{place}: {advice}") from error
+
+
+def _lost_creation_race(error: BaseException) -> bool:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    text = f"{error} {cause}".lower()
+    words = ("already exists", "duplicate", "unique", "deadlock", "concurrent")
+    return (
+        isinstance(error, IntegrityError | AssertionError)
+        or isinstance(cause, IntegrityError)
+        or any(word in text for word in words)
+    )
+
+
+def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageError:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    reason = (str(getattr(cause, "orig", cause)).strip() or type(cause).__name__).splitlines()[0]
+    missing = any(word in reason for word in ("does not exist", "doesn't exist", "no such table"))
+    if not create and missing:
+        return EmptyStorageError(f"{place} holds no sweep yet ({reason}); start one there first")
+    refused = (
+        "authentication", "password", "pg_hba", "does not exist", "not known", "denied",
+        "Unknown database", "SSL",
+    )  # fmt: skip
+    # Only servers come back.
+    lost = "://" in place and any(isinstance(e, OperationalError) for e in (error, cause))
+    away = lost and not any(word in reason for word in refused)
+    return (StorageAwayError if away else StorageError)(
+        f"cannot open {place} ({reason}); check the address, the account and the network"
+    )
+
+
+def _missing_driver(url: str) -> StorageError:
+    scheme = url.split("://", 1)[0]
+    database = scheme.partition("+")[0]
+    if database in ("postgres", "postgresql"):
+        return StorageError(
+            f"no driver for {scheme}; run pip install 'psycopg[binary]' "
+            "and write the URL as postgresql+psycopg://…"
+        )
+    if database in ("mysql", "mariadb"):
+        return StorageError(
+            f"no driver for {scheme}; run pip install pymysql and write mysql+pymysql://…"
+        )
+    return StorageURLError(
+        f"no driver for {scheme}; use sqlite:///FILE, postgresql+psycopg://… or grpc://HOST:PORT"
+    )

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from storage.engine import READ_ONLY_OPTION, sql_engine
-from storage.trial_table import FIXED
+from storage.engine import sql_engine
+from storage.readers import READ_ONLY_OPTION
+from storage.statements import FIXED
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -27,9 +27,10 @@ from optuna.storages import GrpcStorageProxy
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.client import GrpcClientCache
 
-from storage.engine import StorageAwayError, StorageError, grpc_address
+from storage.errors import StorageAwayError, StorageError
 from storage.retries import stop_overdue
 from storage.trial_table import Candidate, RunningTrial
+from storage.urls import grpc_address
 
 if TYPE_CHECKING:
     from optuna.trial import TrialState
@@ -165,7 +166,7 @@ class RemoteStorage(GrpcStorageProxy):
         """Ask the server who it is, and note its ``store_id``.
 
         Raises:
-            StorageError: it does not answer (:class:`storage.engine.StorageAwayError`), is no
+            StorageError: it does not answer (:class:`storage.errors.StorageAwayError`), is no
                 `sweep serve`, or one of another version.
         """
         place = f"grpc://{self._host}:{self._port}"

@@ -143,7 +143,7 @@ def is_transient(error: BaseException) -> bool:
     from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
     # Set by storage.remote, so that gRPC need not be there to know its errors, and by
-    # storage.engine for a store that cannot be opened yet.
+    # storage.errors for a store that cannot be opened yet.
     if (transient := getattr(error, "transient", None)) is not None:
         return bool(transient)
     cause: BaseException | None = error

@@ -28,19 +28,13 @@ from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna.trial import TrialState
 
-from storage.engine import (
-    StorageError,
-    close_storage,
-    exclusive,
-    is_grpc,
-    open_storage,
-    sql_engine,
-    sqlite_path,
-)
+from storage.engine import close_storage, exclusive, open_storage, sql_engine
+from storage.errors import StorageError
 from storage.overview import overview_rows
 from storage.remote import PROTOCOL, SERVICE
 from storage.retries import is_transient, reason
 from storage.trial_table import TrialTable
+from storage.urls import is_grpc, sqlite_path
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -7,7 +7,7 @@ brackets and the learning curve are as if nothing had happened.
 
 **Claims.** Every change of a trial's state is one SQL transaction that writes only if the state
 and the lease are still the ones that were seen. SQLite runs such transactions one after another
-(see :mod:`storage.engine`); PostgreSQL and MySQL re-check the condition under the row's lock.
+(see :mod:`storage.sqlite`); PostgreSQL and MySQL re-check the condition under the row's lock.
 
 **Leases.** A running trial carries the system attribute
 :data:`storage.leases.LEASE_ATTR`: who holds it (worker,
@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 from storage.engine import sql_engine
 from storage.leases import host_id, parse_lease, process_gone, start_of
 from storage.retries import outages, with_retries
-from storage.trial_table import FIXED, Candidate, RunningTrial, TrialTable
+from storage.statements import FIXED
+from storage.trial_table import Candidate, RunningTrial, TrialTable
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

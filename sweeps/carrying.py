@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from storage.trial_table import FIXED
+from storage.statements import FIXED
 from sweeps.config import Value
 from sweeps.errors import SpecError
 from sweeps.spec import SweepSpec, cell_name

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 import optuna
 from rich.console import Console
 
-from storage.engine import check_url, close_storage, exclusive, open_storage
+from storage.engine import close_storage, exclusive, open_storage
 from storage.overview import OverviewReader
 from storage.retries import patience, with_retries
 from storage.trials import enqueue
+from storage.urls import check_url
 from sweeps.attributes import LABEL
 from sweeps.config import Value
 from sweeps.confirmation import SEED, Configuration, configuration_of, read_answer

@@ -123,7 +123,8 @@ def keep_figures(url: str, sweep: Findings, figures: Sequence[Figure]) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     from storage.attributes import set_study_system_attrs
-    from storage.engine import StorageError, close_storage, open_storage
+    from storage.engine import close_storage, open_storage
+    from storage.errors import StorageError
     from storage.retries import is_transient, reason
 
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from storage.archive_rows import StudyRows, TrialRows, renumbered
 from storage.checkpoints import CheckpointStore
 from storage.leases import LEASE_ATTR
-from storage.trial_table import FIXED
+from storage.statements import FIXED
 from sweeps.attributes import LABEL, OUTCOME
 from sweeps.errors import plural
 from sweeps.limits import SESSION, STOPS, is_span

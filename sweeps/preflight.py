@@ -16,7 +16,9 @@ import optuna
 import torch
 from rich.console import Console
 
-from storage.engine import StorageError, check_url, close_storage
+from storage.engine import close_storage
+from storage.errors import StorageError
+from storage.urls import check_url
 from sweeps import search
 from sweeps.assembly import Assembly, Sizes, dataset_identity, open_dataset
 from sweeps.config import TrialConfig, Value

@@ -246,7 +246,7 @@ def capacity(nodes: Sequence[Mapping[str, float]], threads: int, share: float) -
 
 def _sqlite_folder(storage_url: str) -> Path | None:
     """The folder of a SQLite store; None for any other."""
-    from storage.engine import sqlite_path
+    from storage.urls import sqlite_path
 
     file = sqlite_path(storage_url)
     return None if file is None else file.parent
@@ -267,7 +267,7 @@ def _check_port(address: str | None) -> None:
 
 def _portable(variables: Mapping[str, str]) -> dict[str, str]:
     """The same store and checkpoints, named so that the current folder does not matter."""
-    from storage.engine import sqlite_path
+    from storage.urls import sqlite_path
 
     found = dict(variables)
     file = sqlite_path(found["SWEEP_STORAGE"])

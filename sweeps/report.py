@@ -212,7 +212,7 @@ def outcome_lines(status: SweepStatus) -> list[str]:
 def disk_line(name: str, storage_url: str) -> str:
     """What the checkpoints of a sweep hold of this machine's disk."""
     from storage.checkpoints import CheckpointStore, default_checkpoint_dir
-    from storage.engine import is_grpc
+    from storage.urls import is_grpc
 
     checkpoints = CheckpointStore(default_checkpoint_dir(storage_url))
     if is_grpc(storage_url):

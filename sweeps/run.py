@@ -17,19 +17,11 @@ import torch
 from rich.console import Console
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
-from storage.engine import (
-    EmptyStorageError,
-    StorageError,
-    check_url,
-    close_storage,
-    exclusive,
-    is_grpc,
-    open_storage,
-    own_url,
-    sqlite_path,
-)
+from storage.engine import close_storage, exclusive, open_storage, own_url
+from storage.errors import EmptyStorageError, StorageError
 from storage.retries import StopRequestedError, is_transient, patience, reason, with_retries
 from storage.trials import TrialQueue
+from storage.urls import check_url, is_grpc, sqlite_path
 from sweeps import search
 from sweeps.confirmation import read_answer
 from sweeps.edits import Edit

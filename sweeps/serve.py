@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import optuna
 
-from storage.engine import require_grpc
+from storage.urls import require_grpc
 from sweeps.errors import SweepError
 from sweeps.studies import shown_url
 

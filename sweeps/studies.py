@@ -89,7 +89,9 @@ def store_to_read(storage_url: str) -> BaseStorage | None:
     Raises:
         StorageError: it cannot be read.
     """
-    from storage.engine import EmptyStorageError, open_storage, sqlite_path
+    from storage.engine import open_storage
+    from storage.errors import EmptyStorageError
+    from storage.urls import sqlite_path
 
     file = sqlite_path(storage_url)
     if file is not None and not file.exists():

@@ -139,7 +139,7 @@ def test_figures_in_the_store_are_small(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_locked_store_keeps_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known_sweep(tmp_path)
     monkeypatch.setattr(dashboard, "LOCK_SECONDS", 0.2)
-    monkeypatch.setattr("storage.engine.LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("storage.sqlite.LOCK_TIMEOUT_SECONDS", 0.2)
     holder = sqlite3.connect(tmp_path / "sweep.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     found = findings(open_storage(url(tmp_path), read_only=True))

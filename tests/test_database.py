@@ -19,15 +19,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import create_engine, event, update
 from test_storage import write_lock
 
-from storage.engine import (
-    READ_ONLY_OPTION,
-    close_storage,
-    is_reading,
-    open_storage,
-    sql_engine,
-)
+from storage.engine import close_storage, open_storage, sql_engine
 from storage.leases import LEASE_ATTR
 from storage.overview import OverviewReader, TrialOverview
+from storage.readers import READ_ONLY_OPTION, is_reading
 from storage.serve import StoreServer
 from storage.trial_table import TrialTable
 from storage.trials import TrialQueue, enqueue
@@ -270,7 +265,7 @@ def test_a_connection_that_broke_during_a_pause_is_replaced(
 ) -> None:
     store_url = postgres()
     study = filled(store_url)
-    monkeypatch.setattr("storage.engine._PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("storage.database_server._PAUSE_SECONDS", 0.0)
     store = open_storage(store_url)
     engine = sql_engine(store)
     with engine.connect() as connection:

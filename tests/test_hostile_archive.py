@@ -19,7 +19,7 @@ from helpers import url
 from transfers import bring, compute, create, export
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
-from storage.engine import StorageError
+from storage.errors import StorageError
 from storage.leases import LEASE_ATTR
 from sweeps.attributes import CURVES
 

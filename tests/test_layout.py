@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_imports_follow_the_arrows(module: str, path: Path) -> None:
                 assert any(
                     imported == ok or imported.startswith(f"{ok}.") for ok in (*allowed, module)
                 ), f"{module} imports {imported}"
+
+
+def test_the_modules_of_storage_import_each_other_in_one_direction() -> None:
+    arrows = {
+        module: first_party_imports(path)
+        for module, path in modules()
+        if module.startswith("storage.")
+    }
+    TopologicalSorter(arrows).prepare()
 
 
 def test_the_packages_come_from_one_place() -> None:

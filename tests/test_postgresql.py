@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 from queues import new_study
 from sqlalchemy import create_engine, event, make_url, text
 
-from storage.engine import StorageError, open_storage, sql_engine
+from storage.engine import open_storage, sql_engine
+from storage.errors import StorageError
 from storage.leases import LEASE_ATTR
 from storage.retries import is_transient, with_retries
 

@@ -17,10 +17,12 @@ from filelock import FileLock, Timeout
 from helpers import Command, begin, make_spec, run, trials, url, wait_until, write_spec
 from optuna.trial import FrozenTrial, TrialState
 
-from storage.engine import StorageError, check_url, exclusive, open_storage, own_url
+from storage.engine import exclusive, open_storage, own_url
+from storage.errors import StorageError
 from storage.leases import LEASE_ATTR
 from storage.retries import is_transient, with_retries
 from storage.trials import TrialQueue
+from storage.urls import check_url
 
 grpc = pytest.importorskip("grpc", reason="gRPC is not installed")
 

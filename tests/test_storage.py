@@ -21,9 +21,11 @@ from helpers import PROCESSES, together
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from storage.engine import StorageAwayError, StorageError, open_storage, sql_engine, sqlite_path
+from storage.engine import open_storage, sql_engine
+from storage.errors import StorageAwayError, StorageError
 from storage.retries import is_transient, with_retries
 from storage.trials import TrialQueue
+from storage.urls import sqlite_path
 
 
 def open_and_create(url: str, rounds: Any) -> list[int]:
@@ -57,7 +59,7 @@ def test_eight_processes_open_one_fresh_file(tmp_path: Path) -> None:
 def test_creation_waits_for_the_lock_beside_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.engine.LOCK_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("storage.sqlite.LOCK_TIMEOUT_SECONDS", 0.1)
     with FileLock(tmp_path / "a.db.lock"):
         assert "a.db.lock has been held by another process" in message(f"sqlite:///{tmp_path}/a.db")
         assert not (tmp_path / "a.db").exists()

@@ -257,7 +257,8 @@ def undisturbed(folder: Path, spec: Path) -> Curves:
 
 def begin(folder: Path, spec: Path, server: Server, env: dict[str, str]) -> None:
     """Create the studies by `sweep start`, which is stopped before it has trained much."""
-    from storage.engine import StorageError, open_storage
+    from storage.engine import open_storage
+    from storage.errors import StorageError
 
     command = sweep("start", str(spec), "--workers", "1", "--storage", server.url)
     while True:

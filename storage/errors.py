@@ -1,0 +1,21 @@
+"""Why a storage cannot be used; every message is one line."""
+
+from __future__ import annotations
+
+
+class StorageError(Exception):
+    """A storage that cannot be used as asked; the message is one line and says what to do."""
+
+
+class StorageURLError(StorageError):
+    """What was given as a storage URL names no storage, whatever stands where."""
+
+
+class EmptyStorageError(StorageError):
+    """A database that can be read and holds no sweep yet."""
+
+
+class StorageAwayError(StorageError):
+    """A server that does not answer, but may do so later: it restarts, or its network is gone."""
+
+    transient = True
