@@ -357,7 +357,7 @@ class TrialConfig:
         above=0,
     )
     muon_weight_decay: float = _setting(
-        0.05,
+        0.1,
         "Share of their learning rate by which the layers' weights shrink in a step under Muon, in "
         "place of the L2 penalty.",
         float,
