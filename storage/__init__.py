@@ -2,5 +2,5 @@
 
 Import from the submodules: :mod:`storage.engine` opens a database, :mod:`storage.trials` hands
 its trials to workers exactly once, :mod:`storage.checkpoints` keeps training states. Importing
-any of them is cheap; Optuna, SQLAlchemy and PyTorch load at the first call that needs them.
+these three is cheap; Optuna, SQLAlchemy and PyTorch load at the first call that needs them.
 """

@@ -352,7 +352,8 @@ class TrialConfig:
     )
     muon_lr_factor: float = _setting(
         0.2,
-        "Learning rate of the layers under Muon, as a share of what it trains by SGD.",
+        "Learning rate of the layers under Muon, as a share of `peak_lr`, at which it trains the "
+        "classifier by SGD.",
         float,
         above=0,
     )
@@ -365,7 +366,9 @@ class TrialConfig:
     )
     momentum: float = _setting(0.9, "Momentum of the optimizer.", float, low=0, high=0.9999)
     nesterov: bool = _setting(False, "Nesterov's form of the momentum.", bool)
-    weight_decay: float = _setting(5e-4, "L2 penalty.", float, low=0)
+    weight_decay: float = _setting(
+        5e-4, "L2 penalty; under Muon, of what SGD trains.", float, low=0
+    )
     weight_decay_on: str = _setting(
         "all",
         "`weights` spares Fixup's scalars, the norms' scales and biases and the classifier's bias.",

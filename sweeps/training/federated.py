@@ -170,7 +170,7 @@ class FederatedAveraging:
 
     Raises:
         ValueError: a setting is not known, the model has layers whose statistics all devices
-            share in every step, or the local optimizer is LARS.
+            share in every step, or the local optimizer is LARS or Muon.
     """
 
     def __init__(

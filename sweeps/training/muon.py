@@ -11,7 +11,10 @@ from torch import Tensor
 from sweeps.training.optimizers import SGD
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""a, b and c of the polynomial, the authors'."""
+
 ITERATIONS = 5
+"""How often it is applied, theirs too."""
 
 
 class Muon(SGD):
@@ -31,7 +34,7 @@ class Muon(SGD):
     as scales and biases, trained by another optimizer. They take steps of `torch.optim.SGD`.
 
     Args:
-        params: groups of parameters; one may have `matrices` and every other argument of its own.
+        params: groups of parameters; one may have every argument but `dtype` of its own.
         lr: γ.
         momentum: μ, or the momentum of SGD.
         weight_decay: β, or the L2 penalty of SGD.
@@ -51,15 +54,19 @@ class Muon(SGD):
         matrices: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        usual = {"momentum": momentum, "nesterov": nesterov, "matrices": matrices}
-        groups = [usual | group for group in params]
-        for group in groups:
-            group["orthogonal_momentum"] = group["momentum"]
-            group["orthogonal_nesterov"] = group["nesterov"]
-            if group["matrices"]:
-                group |= {"momentum": 0.0, "nesterov": False}
         self._dtype = dtype
-        super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        self._usual = {"momentum": momentum, "nesterov": nesterov, "matrices": matrices}
+        super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters, with arguments of their own where the group has some."""
+        group = self._usual | param_group
+        group["orthogonal_momentum"] = group["momentum"]
+        group["orthogonal_nesterov"] = group["nesterov"]
+        if group["matrices"]:
+            # SGD takes what is orthogonalised as it is.
+            group |= {"momentum": 0.0, "nesterov": False}
+        super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -112,10 +119,14 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
     Of each matrix M = U S Vᵀ: X = M / |M|, then five times X ← a X + (b A + c A²) X with
     A = X Xᵀ. That applies the odd polynomial a s + b s³ + c s⁵ to the singular values; with the
-    authors' coefficients those above about 0.01 end between 0.68 and 1.13. Zeros stay zeros.
+    authors' coefficients those above about 0.01 end between 0.68 and 1.14, smaller ones below 1.21.
+    Zeros stay zeros.
 
     Args:
         matrices: `[N, m, n]`.
+
+    Returns:
+        `[N, m, n]`, of the same dtype.
     """
     a, b, c = COEFFICIENTS
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices

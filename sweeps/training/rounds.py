@@ -47,15 +47,16 @@ class SGDSettings:
         momentum: factor of the previous update.
         weight_decay: L2 penalty.
         decay_scalars: whether the penalty touches the group "scalars" too.
-        scalar_lr_factor: learning rate of the group "scalars", as a share of the weights'.
+        scalar_lr_factor: learning rate of the group "scalars", as a share of the weights' (under
+            Muon of the classifier's).
         clip_grad_norm: the gradient's norm over all parameters is scaled down to this where it
             is larger; None leaves it.
         nesterov: Nesterov's form of the momentum.
         lars_trust_coefficient: η of `LARS`, which then takes the place of SGD: the group
             "scalars" takes plain steps, every other parameter is a layer; None is SGD.
         muon_lr_factor: learning rate of the weights under `Muon`, which then takes the place of
-            SGD, as a share of what the classifier and the group "scalars" have, whose steps stay
-            those of SGD; None is SGD.
+            SGD, as a share of the classifier's weights', whose steps stay those of SGD, as those
+            of the group "scalars" do; None is SGD.
         muon_weight_decay: share of their learning rate by which the weights under Muon shrink in
             a step; they have no L2 penalty.
         agc_clip_factor: λ of adaptive gradient clipping (`sweeps.training.clipping`) of the
@@ -111,7 +112,8 @@ class SynchronousSGD:
         model: called as `model(images, blocks)`.
         groups: its parameters; the group "scalars" has settings of its own.
         settings: of the step.
-        classifier: those of the last linear layer, which adaptive gradient clipping leaves out.
+        classifier: those of the last linear layer, which adaptive gradient clipping and Muon
+            leave out.
         autocast_dtype: of the forward pass; None leaves it in the parameters' own.
         compiled: whether training passes through `CompiledNetwork`; the model is evaluated as it
             is.
@@ -168,7 +170,8 @@ class SynchronousSGD:
 
         Args:
             batch: the devices' local batches.
-            lr: learning rate of the weights.
+            lr: learning rate of the weights; under Muon of the classifier's, of which the others
+                have their share.
 
         Returns:
             The loss that was trained, averaged over examples, a 0-d tensor on the training
