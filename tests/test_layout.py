@@ -25,10 +25,15 @@ ALLOWED = {
     "sweeps.training": {"sweeps.training"},
     "sweeps.assembly": {"data", "models", "sweeps.config", "sweeps.training"},
     "sweeps.epochs": {"storage", "sweeps.objective", "sweeps.training"},
+    "sweeps.footprint": {"sweeps.assembly", "sweeps.config", "sweeps.machine"},
     "sweeps.errors": set(),
     "sweeps.failures": set(),
     "sweeps.holding": {
         "storage", "sweeps.errors", "sweeps.limits", "sweeps.stopping", "sweeps.studies",
+    },
+    "sweeps.transfer_checks": {
+        "storage", "sweeps.attributes", "sweeps.carrying", "sweeps.edits", "sweeps.errors",
+        "sweeps.merging", "sweeps.spec", "sweeps.status", "sweeps.studies",
     },
     "sweeps.provenance": set(),
     "sweeps.stopping": set(),

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 import pytest
@@ -93,6 +93,23 @@ def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
 
 
+class SlowOptimizer(Protocol):
+    def __init__(self, model: nn.Module, settings: SGDSettings) -> None: ...
+
+    def step(self, lr: float) -> None: ...
+
+
+def assert_steps_equal(norm: str, settings: SGDSettings, slow: type[SlowOptimizer]) -> None:
+    ours, theirs = make_model(norm), make_model(norm)
+    algorithm, reference = make_algorithm(ours, settings), slow(theirs, settings)
+    for update in range(3):
+        batch = Batch(update)
+        algorithm.round(batch, learning_rate(update))
+        backward(theirs, batch)
+        reference.step(learning_rate(update))
+        assert_equal(ours, theirs)
+
+
 # --- LARS ---------------------------------------------------------------------------------------
 
 
@@ -137,14 +154,7 @@ def test_lars_is_the_papers(norm: str, changes: dict[str, Any]) -> None:
     settings = replace(
         SGDSettings(momentum=0.9, weight_decay=5e-3, lars_trust_coefficient=0.05), **changes
     )
-    ours, theirs = make_model(norm), make_model(norm)
-    algorithm, slow = make_algorithm(ours, settings), SlowLARS(theirs, settings)
-    for update in range(3):
-        batch = Batch(update)
-        algorithm.round(batch, learning_rate(update))
-        backward(theirs, batch)
-        slow.step(learning_rate(update))
-        assert_equal(ours, theirs)
+    assert_steps_equal(norm, settings, SlowLARS)
 
 
 def test_lars_takes_steps_of_one_size_whatever_the_gradients() -> None:
@@ -252,14 +262,7 @@ class SlowMuon:
 def test_muon_is_its_authors(norm: str, changes: dict[str, Any]) -> None:
     settings = SGDSettings(weight_decay=5e-3, muon_lr_factor=0.3, muon_weight_decay=0.2)
     settings = replace(settings, **changes)
-    ours, theirs = make_model(norm), make_model(norm)
-    algorithm, slow = make_algorithm(ours, settings), SlowMuon(theirs, settings)
-    for update in range(3):
-        batch = Batch(update)
-        algorithm.round(batch, learning_rate(update))
-        backward(theirs, batch)
-        slow.step(learning_rate(update))
-        assert_equal(ours, theirs)
+    assert_steps_equal(norm, settings, SlowMuon)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -87,17 +87,7 @@ class LARS(Uncompiled):
             torch._foreach_mul_(steps, list(rates.unbind()))
         else:
             torch._foreach_mul_(steps, group["lr"])
-        if group["momentum"]:
-            for p in weights:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            velocities: list[Tensor] = [self.state[p]["momentum_buffer"] for p in weights]
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, steps)
-            if group["nesterov"]:
-                torch._foreach_add_(steps, velocities, alpha=group["momentum"])
-            else:
-                steps = velocities
+        steps = self._with_momentum(weights, steps, group["momentum"], nesterov=group["nesterov"])
         torch._foreach_sub_(weights, steps)
 
 

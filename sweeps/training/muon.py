@@ -89,19 +89,9 @@ class Muon(SGD):
         if not weights:
             return
         gradients: list[Tensor] = [p.grad for p in weights if p.grad is not None]
-        directions = gradients
-        if group["orthogonal_momentum"]:
-            for p in weights:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            velocities: list[Tensor] = [self.state[p]["momentum_buffer"] for p in weights]
-            torch._foreach_mul_(velocities, group["orthogonal_momentum"])
-            torch._foreach_add_(velocities, gradients)
-            directions = velocities
-            if group["orthogonal_nesterov"]:
-                directions = list(
-                    torch._foreach_add(gradients, velocities, alpha=group["orthogonal_momentum"])
-                )
+        directions = self._with_momentum(
+            weights, gradients, group["orthogonal_momentum"], nesterov=group["orthogonal_nesterov"]
+        )
         # Those of one shape at once: a small matrix takes a GPU no time beside the call.
         alike: dict[tuple[int, int], list[int]] = {}
         for index, weight in enumerate(weights):
