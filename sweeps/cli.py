@@ -591,7 +591,9 @@ def main() -> None:
             if not message:  # `sweep` alone has shown its help
                 sys.exit(2)
             message = message.replace("Value error, ", "")  # pydantic's, which Typer passes on
-            _fail(f"{message.rstrip('.')}; sweep --help lists what there is", 2)
+            message = message.removesuffix(".")
+            stop = "" if message.endswith("?") else ";"
+            _fail(f"{message}{stop} sweep --help lists what there is", 2)
         # By name, as importing the leaves' own errors would load PyTorch for every mistake.
         names = {cls.__name__ for cls in type(error).__mro__}
         if "StorageURLError" in names:

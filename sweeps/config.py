@@ -212,8 +212,9 @@ class TrialConfig:
     classes_per_device: int = _setting(2, "Classes that a device holds (`classes`).", int, low=1)
     assignment: str = _setting(
         "pairs",
-        "Which classes (`classes`): `pairs`, sets that are equal or disjoint; `ring`, device "
-        "d holds the classes d, d+1 and so on.",
+        "Which classes (`classes`): `pairs`, each device the next ones, in sets that are equal or "
+        "disjoint where `classes_per_device` divides the classes; `ring`, device d holds the "
+        "classes d, d+1 and so on.",
         str,
         choices=ASSIGNMENTS,
     )

@@ -45,6 +45,7 @@ are for.
 
 `type` names a class of Optuna's, the other keys are its arguments. `WarmupHalvingPruner` is Sweep's
 own ([own-sweep.md](own-sweep.md)); it takes `reduction_factor`, `first_rung` and `tolerance`.
+Unless given, the sampler's `seed` is 0, and `min_resource` of Optuna's pruners 1.
 
 | table | default | accepted |
 |---|---|---|

@@ -246,7 +246,7 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["report", "tiny", "--format", "gif"], 2, "'--format': 'gif' is not one of 'png', 'svg'"),
         (["start", "tiny.toml", "--storage", "sqlite:///no/folder.db"], 1, "folder"),
         (["start"], 2, "Missing argument"),
-        (["strat"], 2, "strat"),
+        (["strat"], 2, "'status'? sweep --help"),
         (["status", "--jsno"], 2, "--jsno"),
         (["status", "tiny"], 1, "sweep.db does not exist"),
         (["worker", "tiny", "--device", "cuda:7"], 1, "cuda:7"),

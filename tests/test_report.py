@@ -293,6 +293,20 @@ def test_one_study_needs_no_comparison(tmp_path: Path) -> None:
     assert list(figures(found)) == ["curves", "settings", "history"]
 
 
+def test_captions_of_a_level_line_and_of_a_single_divergence(tmp_path: Path) -> None:
+    spec = known_spec()
+    store = create(tmp_path, spec)
+    setting = {"peak_lr": 0.1, "warmup_epochs": 0.0}
+    for cell in (0, 1):
+        add(store, spec, cell, "complete", [0.5, 0.7, 0.8, 0.8], setting)
+    add(store, spec, 1, "diverged", [0.3], {**setting, "peak_lr": 1.0}, reason="exploded")
+    drawn = figures(findings(store))
+    assert drawn["best"].caption.startswith(
+        "The best accuracy is 0.8000 at global_batch_size = 128 and at 512.\n"
+    )
+    assert drawn["curves"].caption.endswith("Thin, cut at a cross: the trial that diverged.")
+
+
 def test_several_sweeps_share_their_figures(tmp_path: Path) -> None:
     known_sweep(tmp_path)
     other = known_spec("other", train={"norm": "fixup"})

@@ -206,11 +206,14 @@ def _best_caption(
         if axis is not None and len(found) > 1:
             found.sort(key=lambda entry: positions[entry[0].index])
             (first, start), (last, end) = found[0], found[-1]
-            verb = "falls" if end < start else "rises" if end > start else "stays"
-            said.append(
-                f"{prefix or 'The '}best accuracy {verb} from {start:.4f} at {axis} = "
-                f"{positions[first.index]:g} to {end:.4f} at {positions[last.index]:g}."
-            )
+            here, there = (f"{positions[entry.index]:g}" for entry in (first, last))
+            values = [f"{value:.4f}" for value in (start, end)]
+            if values[0] == values[1]:
+                course = f"is {values[0]} at {axis} = {here} and at {there}"
+            else:
+                verb = "falls" if end < start else "rises"
+                course = f"{verb} from {values[0]} at {axis} = {here} to {values[1]} at {there}"
+            said.append(f"{prefix or 'The '}best accuracy {course}.")
         else:
             high = max(found, key=lambda entry: entry[1])
             low = min(found, key=lambda entry: entry[1])
