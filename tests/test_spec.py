@@ -162,6 +162,7 @@ WRONG = [
     ({"search": {"warmup_epochs": {"low": 0.0, "high": 5.0, "log": True}}}, "above 0"),
     ({"search": {"peak_lr": {"low": 0.1, "high": 1.0, "step": 0.1, "log": True}}}, "exclude"),
     ({"search": {"peak_lr": {"low": 0.1, "high": 1.0, "step": 2.0}}}, "longer"),
+    ({"search": {"peak_lr": {"low": 0.1, "high": 1.0, "step": 5e-324}}}, "too short"),
     ({"search": {"peak_lr": {"low": -1.0, "high": 1.0}}}, "above 0"),
     ({"search": {"norm": {"low": 0, "high": 1}}}, "choices"),
     ({"search": {"norm": {"choices": ["group", "grp"]}}}, "did you mean 'group'"),
