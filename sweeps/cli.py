@@ -605,7 +605,8 @@ def main() -> None:
 
 
 def _fail(message: object, code: int) -> None:
-    print(f"sweep: {message}", file=sys.stderr)
+    # A path or a value may hold line breaks of its own.
+    print(f"sweep: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -645,7 +646,9 @@ def _load(
         store = store_to_read(storage_url)
         if store and sweep in stored_names(store) and not quick:
             kept = stored_sweep(store, sweep).spec
-            return specfiles.changed(kept, overrides or (), name) if overrides or name else kept
+            if not overrides and name is None:
+                return kept
+            return specfiles.changed(kept, overrides or (), name)
     return specfiles.load(sweep, quick=quick, overrides=overrides or (), rename=name)
 
 

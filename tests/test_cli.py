@@ -233,6 +233,7 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
     [
         (["start", "fixup-largebtach"], 2, "did you mean 'fixup-largebatch'"),
         (["start", "none.toml"], 2, "cannot read none.toml"),
+        (["start", "no\nne.toml"], 2, "cannot read no ne.toml"),
         (["start", "tiny.toml", "--set", "epcohs=3"], 2, "did you mean 'epochs'"),
         (["start", "tiny.toml", "--set", "sampler.type=TPE"], 2, "TPESampler"),
         (["start", "tiny.toml", "--set", "split=classes", "--set", "classes_per_device=3"], 2,
