@@ -206,16 +206,23 @@ def test_unusable_files(tmp_path: Path, read_only: bool) -> None:
     (tmp_path / "text.db").write_text("This is not a database, and long enough to see that.")
     with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
         connection.execute("CREATE TABLE notes (note)")
+    with closing(sqlite3.connect(tmp_path / "clinic.db")) as connection:
+        connection.execute("CREATE TABLE studies (patient)")
+    open_storage(f"sqlite:///{tmp_path}/whole.db")
+    (tmp_path / "half.db").write_bytes((tmp_path / "whole.db").read_bytes()[:5000])
     cases = {
         "text.db": "not a SQLite database",
+        "half.db": "is damaged (database disk image is malformed); restore a copy",
+        "clinic.db": "database of another program",
         "other.db": "database of another program",
         "no/a.db": f"folder {tmp_path}/no does not exist",
         "": "is a folder; name a database file in it",
     }
     for name, expected in cases.items():
         assert expected in message(f"sqlite:///{tmp_path}/{name}", read_only=read_only)
-    with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
-        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("notes",)]
+    for name, table in (("other.db", "notes"), ("clinic.db", "studies")):
+        with closing(sqlite3.connect(tmp_path / name)) as connection:
+            assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [(table,)]
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder nobody may write to")
