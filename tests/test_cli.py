@@ -253,6 +253,9 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["worker", "tiny", "--device", "cuda:7"], 1, "cuda:7"),
         (["show", "nothing"], 2, "no preset"),
         (["dashboard", "--storage", "sqlite:///none.db"], 1, "none.db"),
+        (["worker", "tiny"], 1, "sweep.db does not exist"),
+        (["plan", "tiny", "--storage", f"sqlite:///{'x' * 300}"], 2, "no preset 'tiny'"),
+        (["status", "--storage", f"sqlite:///{'x' * 300}"], 1, "name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip

@@ -217,6 +217,7 @@ def test_unusable_files(tmp_path: Path, read_only: bool) -> None:
         "other.db": "database of another program",
         "no/a.db": f"folder {tmp_path}/no does not exist",
         "": "is a folder; name a database file in it",
+        "x" * 300: "(File name too long); name another file",
     }
     for name, expected in cases.items():
         assert expected in message(f"sqlite:///{tmp_path}/{name}", read_only=read_only)
