@@ -267,6 +267,23 @@ def test_a_mistake_is_one_line_and_a_status(
     assert not (tmp_path / "sweep.db").exists()
 
 
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [(">&-", 0, ""), (">/dev/full", 1, "cannot write (No space left on device); free some")],
+)
+def test_an_output_that_takes_nothing(
+    tmp_path: Path, redirection: str, code: int, said: str
+) -> None:
+    write_spec(tmp_path / "tiny.toml")
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command("show", "tiny.toml")]
+    result = subprocess.run(
+        shell, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count("\n") == code
+    assert said in result.stderr
+
+
 def test_changed_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", budget={"trials": 1})
     assert run("start", "tiny.toml", cwd=tmp_path).returncode == 0
