@@ -146,7 +146,8 @@ def open_database(
             raise _cannot_open(place, error, create=create) from error
         except RuntimeError as error:
             # Optuna's refusal of a foreign schema version, which names the upgrade command.
-            advice = " ".join(str(error).split()).replace("$STORAGE_URL", repr(place))
+            address = place if "://" in place else f"sqlite:///{place}"
+            advice = " ".join(str(error).split()).replace("$STORAGE_URL", repr(address))
             raise StorageError(f"{place}: {advice}") from error
 
 
@@ -167,12 +168,16 @@ def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageEr
     missing = any(word in reason for word in ("does not exist", "doesn't exist", "no such table"))
     if not create and missing:
         return EmptyStorageError(f"{place} holds no sweep yet ({reason}); start one there first")
+    if "://" not in place:
+        advice = "restore a copy of it, or name another file"
+        if "locked" in reason:
+            advice = "another process holds it; wait or find that process"
+        return StorageError(f"cannot open {place} ({reason}); {advice}")
     refused = (
         "authentication", "password", "pg_hba", "does not exist", "not known", "denied",
         "Unknown database", "SSL",
     )  # fmt: skip
-    # Only servers come back.
-    lost = "://" in place and any(isinstance(e, OperationalError) for e in (error, cause))
+    lost = any(isinstance(e, OperationalError) for e in (error, cause))
     away = lost and not any(word in reason for word in refused)
     return (StorageAwayError if away else StorageError)(
         f"cannot open {place} ({reason}); check the address, the account and the network"

@@ -89,7 +89,7 @@ def open_sqlite_read_only(file: Path) -> BaseStorage:
         with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as connection:
             names = _table_names(connection)
     except sqlite3.Error as error:
-        _refuse_other_formats(file, error)
+        _refuse_unreadable(file, error)
         raise StorageError(
             f"cannot read {file} ({error}); copy it to a folder of your own"
         ) from error
@@ -108,13 +108,19 @@ def open_sqlite_read_only(file: Path) -> BaseStorage:
     return CachedDatabase(storage)
 
 
-def _refuse_other_formats(file: Path, error: sqlite3.Error) -> None:
+def _refuse_unreadable(file: Path, error: sqlite3.Error) -> None:
     if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
         raise StorageError(f"{file} is not a SQLite database; name another file") from error
+    if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CORRUPT:
+        raise StorageError(
+            f"{file} is damaged ({error}); restore a copy of it, save what sqlite3's .recover "
+            "finds, or name another file"
+        ) from error
 
 
 def _check_tables(file: Path, names: set[str]) -> None:
-    if names and "studies" not in names:
+    # Other programs have studies too; Optuna's stand beside the version of their schema.
+    if names and not {"studies", "version_info"} <= names:
         raise StorageError(f"{file} is the database of another program; name another file")
 
 
@@ -135,7 +141,7 @@ def _prepare_file(file: Path) -> None:
             connection.execute("ROLLBACK")
             complete = "version_info" in _table_names(connection)
     except sqlite3.Error as error:
-        _refuse_other_formats(file, error)
+        _refuse_unreadable(file, error)
         advice = "choose a folder that you may write to"
         if "locked" in str(error):
             advice = "another process holds it; wait or find that process"

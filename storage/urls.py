@@ -105,7 +105,11 @@ def check_file(file: Path) -> None:
     Raises:
         StorageError: saying which.
     """
-    if file.is_dir():
+    try:
+        is_folder = file.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise StorageError(f"cannot read {file} ({error.strerror}); name another file") from None
+    if is_folder:
         raise StorageError(f"{file} is a folder; name a database file in it, such as sweep.db")
     if not file.parent.is_dir():
         raise StorageError(f"the folder {file.parent} does not exist; create it first")

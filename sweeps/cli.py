@@ -6,6 +6,7 @@ answers at once. Exit status: 0 done, 1 failed, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -569,6 +570,10 @@ def dashboard(
 
 def main() -> None:
     """The console entry: errors become one line on stderr and an exit status."""
+    # Python has None for a stream that was closed before it began.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # Typer does not export the class of all usage errors, only this child of it.
     usage_error = typer.BadParameter.__base__
@@ -600,6 +605,11 @@ def main() -> None:
             _fail(error, 2)
         if names & {"StorageError", "DataError", "CheckpointError"}:
             _fail(error, 1)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" {error.filename}" if error.filename else ""
+            # What Python still holds for the output would fail again at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail(f"cannot write{where} ({error.strerror}); free some space there", 1)
         if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
             _fail(f"the database failed: {first_line(error)}", 1)
         raise
@@ -607,7 +617,8 @@ def main() -> None:
 
 
 def _fail(message: object, code: int) -> None:
-    print(f"sweep: {message}", file=sys.stderr)
+    # A path or a value may hold line breaks of its own.
+    print(f"sweep: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -647,7 +658,9 @@ def _load(
         store = store_to_read(storage_url)
         if store and sweep in stored_names(store) and not quick:
             kept = stored_sweep(store, sweep).spec
-            return specfiles.changed(kept, overrides or (), name) if overrides or name else kept
+            if not overrides and name is None:
+                return kept
+            return specfiles.changed(kept, overrides or (), name)
     return specfiles.load(sweep, quick=quick, overrides=overrides or (), rename=name)
 
 

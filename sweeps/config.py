@@ -95,6 +95,8 @@ class Setting:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise problem
         # The bound keeps whole numbers of any length out of floating point's way.
+        if value > 1e18 and self.high == math.inf:
+            raise SpecError(f"{problem}, and no more than 1e18")
         if not -1e18 <= value <= 1e18 or not self.low <= value <= self.high or value <= self.above:
             raise problem
         if self.kind is int and value != int(value):

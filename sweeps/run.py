@@ -338,6 +338,10 @@ def run_worker(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen = device_named(device)
+    check_url(storage_url)
+    file = sqlite_path(storage_url)
+    if file is not None and not file.exists():
+        open_storage(storage_url, read_only=True)  # says so; to write would create it
     prepare_process(chosen, threads or torch.get_num_threads(), gpu_memory)
     options = WorkerOptions(
         worker_id=new_worker_id(str(chosen)),

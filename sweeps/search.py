@@ -8,8 +8,10 @@ would suggest the same parameters to each other.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -131,15 +133,10 @@ def build_sampler(spec: SweepSpec, study_name: str, number: int) -> BaseSampler:
     """
     import optuna
 
-    arguments = {k: v for k, v in spec.sampler.items() if k != "type"}
-    if spec.sampler["type"] == "QMCSampler":
-        # One low-discrepancy sequence a study.
-        arguments["seed"] = trial_seed(spec.sampler["seed"], study_name, 0)
-    else:
-        arguments["seed"] = trial_seed(spec.sampler["seed"], study_name, number)
-    built: BaseSampler = _build(
-        optuna.samplers, "sampler", spec.sampler["type"], SAMPLERS, arguments
-    )
+    # QMCSampler has one low-discrepancy sequence a study.
+    drawn_by = 0 if spec.sampler["type"] == "QMCSampler" else number
+    own = {"seed": trial_seed(spec.sampler["seed"], study_name, drawn_by)}
+    built: BaseSampler = _build(optuna.samplers, "sampler", spec.sampler, SAMPLERS, own)
     if spec.sampler["type"] == "QMCSampler":
         _number_points(built, spec.search, number)
     return built
@@ -167,26 +164,21 @@ def build_pruner(spec: SweepSpec, cell: Mapping[str, Value]) -> BasePruner:
 
     from sweeps import pruning
 
-    arguments = {k: v for k, v in spec.pruner.items() if k != "type"}
-    kind = spec.pruner["type"]
+    given, kind = dict(spec.pruner), spec.pruner["type"]
+    own: dict[str, Any] = {}
     if kind == "WarmupHalvingPruner":
-        for name in ("config", "seeds"):
-            if name in arguments:
-                raise SpecError(f"[pruner] {name} cannot be given in a file; leave it out")
-        arguments["config"] = spec.config(cell, spec.lowest_params())
-        arguments["seeds"] = spec.budget.seeds
+        own["config"] = spec.config(cell, spec.lowest_params())
+        own["seeds"] = spec.budget.seeds
     if kind in ("SuccessiveHalvingPruner", "HyperbandPruner"):
         # Their "auto" is worked out by each process for itself and differs between workers.
-        arguments.setdefault("min_resource", 1)
+        given.setdefault("min_resource", 1)
         if kind == "HyperbandPruner":
             config = spec.config(cell, spec.lowest_params())
-            arguments.setdefault("max_resource", config.epochs * spec.budget.seeds)
+            given.setdefault("max_resource", config.epochs * spec.budget.seeds)
     if kind == "PatientPruner":
-        if "wrapped_pruner" in arguments:
-            raise SpecError("[pruner] wrapped_pruner cannot be given in a file; leave it out")
-        arguments.setdefault("wrapped_pruner", None)
+        own["wrapped_pruner"] = None
     module = pruning if kind == "WarmupHalvingPruner" else optuna.pruners
-    built: BasePruner = _build(module, "pruner", kind, PRUNERS, arguments)
+    built: BasePruner = _build(module, "pruner", given, PRUNERS, own)
     return built
 
 
@@ -199,6 +191,10 @@ def check(spec: SweepSpec) -> None:
     import optuna
 
     sampler, pruner = build_sampler(spec, spec.name, 0), build_pruner(spec, spec.cells[0])
+    if "n_startup_trials" in _arguments(type(sampler)):
+        # The first trials are drawn without the other arguments, which would fail the later ones.
+        at_once = {**spec.sampler, "n_startup_trials": 1}
+        sampler = build_sampler(dataclasses.replace(spec, sampler=at_once), spec.name, 0)
     study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
     try:
         for _ in range(2):
@@ -209,22 +205,66 @@ def check(spec: SweepSpec) -> None:
             study.tell(trial, 0.5)
     except Exception as error:
         raise SpecError(
-            f"[sampler] {spec.sampler['type']} or [pruner] {spec.pruner['type']} fails with its "
-            f"arguments: {first_line(error)}"
+            f"[sampler] {_written(spec.sampler)} or [pruner] {_written(spec.pruner)} fails with "
+            f"its arguments: {first_line(error)}"
         ) from error
 
 
 def _build(
-    module: Any, section: str, kind: str, accepted: tuple[str, ...], arguments: dict[str, Any]
+    module: Any,
+    section: str,
+    given: Mapping[str, Any],
+    accepted: tuple[str, ...],
+    own: Mapping[str, Any],
 ) -> Any:
+    """An object of Optuna's, of what a file says (`given`) and what is not for it to say."""
+    kind = given["type"]
     if kind not in accepted:
         raise SpecError(f"[{section}] type = {kind!r} is not offered; {nearest(kind, accepted)}")
     constructor = getattr(module, kind)
-    known = [p for p in inspect.signature(constructor.__init__).parameters if p != "self"]
-    for name in arguments:
-        if name not in known and not (section == "sampler" and name == "seed"):
+    known = {k: v for k, v in _arguments(constructor).items() if k not in own or k == "seed"}
+    arguments = {k: v for k, v in given.items() if k != "type"}
+    for name, value in arguments.items():
+        if section == "sampler" and name == "seed":
+            continue
+        if name not in known:
             raise SpecError(f"[{section}] has no key {name!r}; {nearest(name, known)}")
+        if not any(_is_of(value, word) for word in known[name]):
+            words = " or ".join(_WORDS[word] for word in known[name])
+            raise SpecError(f"[{section}] {name} = {value!r} is not {words}, as {kind} takes it")
     try:
-        return constructor(**arguments)
-    except (ImportError, TypeError, ValueError) as error:
-        raise SpecError(f"[{section}] {kind} refuses its arguments: {first_line(error)}") from error
+        return constructor(**{**arguments, **own})
+    except (ImportError, OverflowError, TypeError, ValueError) as error:
+        raise SpecError(
+            f"[{section}] {_written(given)} refuses its arguments: {first_line(error)}"
+        ) from error
+
+
+_WORDS = {
+    "bool": "true or false", "int": "a whole number", "float": "a finite number", "str": "a text",
+}  # fmt: skip
+
+
+def _arguments(constructor: Any) -> dict[str, list[str]]:
+    """What a file may give a constructor: by name, the plain types that it is annotated with."""
+    found = {}
+    for name, parameter in inspect.signature(constructor.__init__).parameters.items():
+        annotation = inspect.formatannotation(parameter.annotation).strip("'")
+        words = [word for word in annotation.split(" | ") if word in _WORDS]
+        if words:  # the rest are objects and functions of Python's
+            found[name] = words
+    return found
+
+
+def _is_of(value: Any, word: str) -> bool:
+    if word in ("bool", "str"):
+        return isinstance(value, bool if word == "bool" else str)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, int) or (word == "float" and math.isfinite(value))
+
+
+def _written(given: Mapping[str, Any]) -> str:
+    """A sampler or a pruner as its section has it, without the seed."""
+    arguments = [f"{k} = {v!r}" for k, v in given.items() if k not in ("type", "seed")]
+    return f"{given['type']} ({', '.join(arguments)})" if arguments else str(given["type"])

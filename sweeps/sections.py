@@ -232,17 +232,19 @@ def parse_limits(table: Mapping[str, Any], section: str, kind: type) -> dict[str
 
 def _parse_limit(where: str, key: str, value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    most = f" to {MAX_COUNT}" if number and value > MAX_COUNT else ""
     if key == "keep_checkpoints":
         if value not in KEEP_CHECKPOINTS:
             accepted = " | ".join(map(repr, KEEP_CHECKPOINTS))
             raise SpecError(f"{where} = {value!r} is not accepted; accepted: {accepted}")
     elif key == "carry":
         if not number or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
-            raise SpecError(f"{where} = {value!r} is not a whole number from 0")
+            raise SpecError(f"{where} = {value!r} is not a whole number from 0{most}")
     elif key == "hours":
         if not number or not 0 < value <= MAX_HOURS:
-            raise SpecError(f"{where} = {value!r} is not a number above 0")
+            most = f" to {MAX_HOURS:g}" if number and value > MAX_HOURS else ""
+            raise SpecError(f"{where} = {value!r} is not a number above 0{most}")
         return float(value)
     elif not number or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
-        raise SpecError(f"{where} = {value!r} is not a whole number from 1")
+        raise SpecError(f"{where} = {value!r} is not a whole number from 1{most}")
     return value

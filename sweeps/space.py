@@ -136,6 +136,8 @@ def _parse_range(name: str, setting: Setting, given: Mapping[str, Any]) -> Range
             raise SpecError(f"{where}: step = {step:g} is longer than high - low = {high - low:g}")
         if setting.kind is int and step != int(step):
             raise SpecError(f"{where}: step = {step:g} is not a whole number")
+        if not math.isfinite((high - low) / step):
+            raise SpecError(f"{where}: step = {step:g} is too short to count in {high - low:g}")
         # Optuna lowers `high` to the last step within the range.
         high = low + math.floor((high - low) / step + 1e-8) * step
         step = setting.kind(step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.config import TrialConfig
-from sweeps.errors import SpecError, nearest
+from sweeps.errors import SpecError, first_line, nearest
 from sweeps.sections import Budget, parse_each
 from sweeps.spec import SECTIONS, TEXTS, SweepSpec
 
@@ -49,7 +50,7 @@ def load(
         # A mistake in it shows now, not when somebody is in a hurry.
         load(name, quick=True)
     table.pop("quick", None)
-    return _overridden(table, overrides, rename or found)
+    return _overridden(table, overrides, found if rename is None else rename)
 
 
 def changed(spec: SweepSpec, overrides: Sequence[str] = (), rename: str | None = None) -> SweepSpec:
@@ -65,7 +66,7 @@ def changed(spec: SweepSpec, overrides: Sequence[str] = (), rename: str | None =
     """
     table = copy.deepcopy(spec.as_dict())
     name = table.pop("name")
-    return _overridden(table, overrides, rename or name)
+    return _overridden(table, overrides, name if rename is None else rename)
 
 
 def read_table(name: str) -> tuple[dict[str, Any], str]:
@@ -75,17 +76,19 @@ def read_table(name: str) -> tuple[dict[str, Any], str]:
         SpecError: if one of them does not exist or is not TOML, or they extend each other.
     """
     table, found = _read_one(name)
-    read = [name]
+    read, places = [name], {_place(name)}
     while "extends" in table:
         base = table.pop("extends")
         if not isinstance(base, str):
             raise SpecError(f"extends = {base!r} is not the name of a preset or a file")
         if base.endswith(".toml"):
             base = str(Path(read[-1]).parent / base)
-        if base in read:
-            raise SpecError(f"{' extends '.join([*read, base])}: a sweep cannot extend itself")
+        extended, _ = _read_one(base)
         read.append(base)
-        table = _overlay(_without_moved(_read_one(base)[0], table), table)
+        if _place(base) in places:
+            raise SpecError(f"{' extends '.join(read)}: a sweep cannot extend itself")
+        places.add(_place(base))
+        table = _overlay(_without_moved(extended, table), table)
     return table, found
 
 
@@ -114,12 +117,19 @@ def _overridden(table: dict[str, Any], overrides: Sequence[str], name: str) -> S
     return SweepSpec.from_table(table, name=name)
 
 
+def _place(name: str) -> str:
+    """The file of a name, by whatever way it was named; a preset's own name."""
+    return os.path.realpath(name) if name.endswith(".toml") else name
+
+
 def _read_one(name: str) -> tuple[dict[str, Any], str]:
     text, found = _read_text(name)
     try:
         return tomllib.loads(text), found
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{name} is not TOML: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{name} nests its tables or lists too deeply to be read") from None
+    except ValueError as error:  # beside what is not TOML, numbers of thousands of digits
+        raise SpecError(f"{name} is not TOML: {first_line(error)}") from None
 
 
 def _read_text(name: str) -> tuple[str, str]:
@@ -127,8 +137,10 @@ def _read_text(name: str) -> tuple[str, str]:
         path = Path(name)
         try:
             text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        except UnicodeDecodeError:
+            raise SpecError(f"cannot read {name}: it is not UTF-8 text") from None
+        except (OSError, ValueError) as error:  # ValueError: no path has a null byte
+            reason = getattr(error, "strerror", None) or error
             raise SpecError(f"cannot read {name}: {reason}") from None
         found = path.stem
     else:
@@ -192,8 +204,9 @@ def _override(table: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise SpecError(f"--set {text!r} is not of the form key=value")
     try:
-        value = tomllib.loads(f"value = {written.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = tomllib.loads(f"value = {written.strip()}")
+        value = read["value"] if len(read) == 1 else written.strip()
+    except (ValueError, RecursionError):
         value = written.strip()
     parts = key.split(".")
     settings = TrialConfig.settings()

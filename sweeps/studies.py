@@ -15,6 +15,8 @@ from sweeps.sections import Try
 from sweeps.spec import SweepSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from optuna.storages import BaseStorage
     from optuna.study._frozen import FrozenStudy
 
@@ -94,7 +96,7 @@ def store_to_read(storage_url: str) -> BaseStorage | None:
     from storage.urls import sqlite_path
 
     file = sqlite_path(storage_url)
-    if file is not None and not file.exists():
+    if file is not None and not _exists(file):
         return None
     import optuna
 
@@ -103,6 +105,13 @@ def store_to_read(storage_url: str) -> BaseStorage | None:
         return open_storage(storage_url, read_only=True)
     except EmptyStorageError:
         return None
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # no name can be so long
+        return False
 
 
 def stored_names(store: BaseStorage) -> list[str]:

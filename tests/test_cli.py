@@ -233,6 +233,7 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
     [
         (["start", "fixup-largebtach"], 2, "did you mean 'fixup-largebatch'"),
         (["start", "none.toml"], 2, "cannot read none.toml"),
+        (["start", "no\nne.toml"], 2, "cannot read no ne.toml"),
         (["start", "tiny.toml", "--set", "epcohs=3"], 2, "did you mean 'epochs'"),
         (["start", "tiny.toml", "--set", "sampler.type=TPE"], 2, "TPESampler"),
         (["start", "tiny.toml", "--set", "split=classes", "--set", "classes_per_device=3"], 2,
@@ -252,6 +253,9 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["worker", "tiny", "--device", "cuda:7"], 1, "cuda:7"),
         (["show", "nothing"], 2, "no preset"),
         (["dashboard", "--storage", "sqlite:///none.db"], 1, "none.db"),
+        (["worker", "tiny"], 1, "sweep.db does not exist"),
+        (["plan", "tiny", "--storage", f"sqlite:///{'x' * 300}"], 2, "no preset 'tiny'"),
+        (["status", "--storage", f"sqlite:///{'x' * 300}"], 1, "name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
@@ -261,6 +265,23 @@ def test_a_mistake_is_one_line_and_a_status(
     write_spec(tmp_path / "tiny.toml")
     mistake(run(*arguments, cwd=tmp_path), code, said)
     assert not (tmp_path / "sweep.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [(">&-", 0, ""), (">/dev/full", 1, "cannot write (No space left on device); free some")],
+)
+def test_an_output_that_takes_nothing(
+    tmp_path: Path, redirection: str, code: int, said: str
+) -> None:
+    write_spec(tmp_path / "tiny.toml")
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command("show", "tiny.toml")]
+    result = subprocess.run(
+        shell, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count("\n") == code
+    assert said in result.stderr
 
 
 def test_changed_settings_are_refused_with_the_difference(tmp_path: Path) -> None:

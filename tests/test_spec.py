@@ -145,7 +145,7 @@ WRONG = [
     ({"train": {"epochs": True}}, "epochs = True"),
     ({"train": {"epochs": float("inf")}}, "epochs = inf"),
     ({"train": {"epochs": float("nan")}}, "epochs = nan"),
-    ({"train": {"epochs": 10**400}}, "accepted: a whole number"),
+    ({"train": {"epochs": 10**400}}, "accepted: a whole number from 1, and no more than 1e18"),
     ({"train": {"norm": "grop"}}, "did you mean 'group'"),
     ({"train": {"momentum": float("nan")}}, "momentum = nan"),
     ({"train": {"dataset": "cifar10", "noise_std": 1.0}}, "noise_std"),
@@ -162,6 +162,7 @@ WRONG = [
     ({"search": {"warmup_epochs": {"low": 0.0, "high": 5.0, "log": True}}}, "above 0"),
     ({"search": {"peak_lr": {"low": 0.1, "high": 1.0, "step": 0.1, "log": True}}}, "exclude"),
     ({"search": {"peak_lr": {"low": 0.1, "high": 1.0, "step": 2.0}}}, "longer"),
+    ({"search": {"peak_lr": {"low": 0.1, "high": 1.0, "step": 5e-324}}}, "too short"),
     ({"search": {"peak_lr": {"low": -1.0, "high": 1.0}}}, "above 0"),
     ({"search": {"norm": {"low": 0, "high": 1}}}, "choices"),
     ({"search": {"norm": {"choices": ["group", "grp"]}}}, "did you mean 'group'"),
@@ -180,6 +181,8 @@ WRONG = [
     ({"try": [{"label": "a"}, {"label": "a"}]}, "twice"),
     ({"budget": {"trails": 3}}, "did you mean 'trials'"),
     ({"budget": {"trials": 0}}, "whole number from 1"),
+    ({"budget": {"trials": 10**13}}, "whole number from 1 to 1000000000000"),
+    ({"budget": {"hours": 1e7}}, "above 0 to 1e+06"),
     ({"budget": {"trials": 1}, "try": [{"label": "a"}, {"label": "b"}]}, "fewer"),
     ({"workers": {"thread": 1}}, "did you mean 'threads'"),
     ({"sampler": {"seed": -1}}, "whole number"),
@@ -257,6 +260,9 @@ def test_enumerating_less_drops_the_tries_of_what_is_left_out(tmp_path: Path) ->
         ("peak_lr=0.1", "search.peak_lr"),
         ("train.epochs.x=3", "not a table"),
         ("budget.trials=many", "whole number"),
+        ("epochs=3\nnorm='fixup'", "epochs = "),
+        ("epochs=" + "9" * 5000, "accepted: a whole number"),
+        ("each=" + "[" * 5000 + "]" * 5000, "neither a table"),
     ],
 )
 def test_a_wrong_override_is_explained(tmp_path: Path, text: str, said: str) -> None:
@@ -304,11 +310,17 @@ def test_what_is_no_sweep_is_explained(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(SpecError, match="not TOML"):
         specfiles.load(str(tmp_path / "bad.toml"))
+    for number in ("[" * 5000 + "]" * 5000, "9" * 5000):
+        (tmp_path / "bad.toml").write_text(f"a = {number}")
+        with pytest.raises(SpecError, match=r"deeply|not TOML"):
+            specfiles.load(str(tmp_path / "bad.toml"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(SpecError, match="UTF-8"):
         specfiles.load(str(tmp_path / "bytes.toml"))
     with pytest.raises(SpecError, match="cannot be called"):
         specfiles.load(write(tmp_path / "a b.toml", SMALL))
+    with pytest.raises(SpecError, match="cannot be called ''"):
+        specfiles.load(write(tmp_path / "mine.toml", SMALL), rename="")
 
 
 def test_differences_name_dotted_keys() -> None:
@@ -357,11 +369,13 @@ def test_a_sweep_extends_another_as_quick_overrides_it(tmp_path: Path) -> None:
         ('extends = "other.toml"', "cannot read"),
         ('extends = "fixup-largebach"', "fixup-largebatch"),
         ("extends = 3", "extends = 3"),
+        ('extends = "../{folder}/own.toml"', "cannot extend itself"),
+        ('extends = "a\\u0000.toml"', "null byte"),
         ('extends = "fixup-largebatch"\neach = [1]', "1, which is not a table"),
     ],
 )
 def test_what_cannot_be_extended_is_named(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "own.toml").write_text(text)
+    (tmp_path / "own.toml").write_text(text.replace("{folder}", tmp_path.name))
     with pytest.raises(SpecError, match=said):
         specfiles.load(str(tmp_path / "own.toml"))
 

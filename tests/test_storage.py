@@ -21,7 +21,7 @@ from helpers import PROCESSES, together
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from storage.engine import open_storage, sql_engine
+from storage.engine import close_storage, open_storage, sql_engine
 from storage.errors import StorageAwayError, StorageError
 from storage.retries import is_transient, with_retries
 from storage.trials import TrialQueue
@@ -206,16 +206,24 @@ def test_unusable_files(tmp_path: Path, read_only: bool) -> None:
     (tmp_path / "text.db").write_text("This is not a database, and long enough to see that.")
     with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
         connection.execute("CREATE TABLE notes (note)")
+    with closing(sqlite3.connect(tmp_path / "clinic.db")) as connection:
+        connection.execute("CREATE TABLE studies (patient)")
+    open_storage(f"sqlite:///{tmp_path}/whole.db")
+    (tmp_path / "half.db").write_bytes((tmp_path / "whole.db").read_bytes()[:5000])
     cases = {
         "text.db": "not a SQLite database",
+        "half.db": "is damaged (database disk image is malformed); restore a copy",
+        "clinic.db": "database of another program",
         "other.db": "database of another program",
         "no/a.db": f"folder {tmp_path}/no does not exist",
         "": "is a folder; name a database file in it",
+        "x" * 300: "(File name too long); name another file",
     }
     for name, expected in cases.items():
         assert expected in message(f"sqlite:///{tmp_path}/{name}", read_only=read_only)
-    with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
-        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("notes",)]
+    for name, table in (("other.db", "notes"), ("clinic.db", "studies")):
+        with closing(sqlite3.connect(tmp_path / name)) as connection:
+            assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [(table,)]
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder nobody may write to")
@@ -239,9 +247,23 @@ def test_other_schema_version(tmp_path: Path, read_only: bool) -> None:
     with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
     advice = message(url, read_only=read_only)
-    assert "optuna storage upgrade --storage" in advice
+    assert f"optuna storage upgrade --storage '{url}'" in advice
     assert "$STORAGE_URL" not in advice
-    assert str(tmp_path / "a.db") in advice
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_whose_tables_are_damaged(tmp_path: Path, read_only: bool) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    close_storage(open_storage(url), url)
+    with closing(sqlite3.connect(tmp_path / "a.db")) as connection:
+        (page,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'version_info'"
+        ).fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with (tmp_path / "a.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    assert "restore a copy of it" in message(url, read_only=read_only)
 
 
 def test_servers() -> None:
