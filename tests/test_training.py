@@ -318,6 +318,18 @@ def test_a_resumed_training_equals_one_never_stopped(norm: str, cut: int, tmp_pa
         assert torch.equal(value, second_model.state_dict()[name]), name
 
 
+def test_a_training_goes_on_where_its_tensors_have_another_layout() -> None:
+    """As on a GPU, which is given channels-last ones, after a CPU."""
+    whole, _ = training(2, kind="constant")
+    expected = [r.train_loss for r in whole.run()]
+    first, _ = training(2, kind="constant")
+    next(first.run())
+    second, model = training(2, kind="constant")
+    model.to(memory_format=torch.channels_last)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert [r.train_loss for r in second.run()] == pytest.approx(expected[1:], rel=1e-3)
+
+
 def test_equal_seeds_give_equal_numbers_and_others_do_not() -> None:
     runs = [training(2, seed=seed)[0] for seed in (0, 0, 1)]
     curves = []
