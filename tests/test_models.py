@@ -449,7 +449,7 @@ def test_absent_devices_keep_their_statistics() -> None:
 
 @pytest.mark.parametrize(("statistics", "variance"), [("mean", 3.0), ("total", 3.0 + 4.0)])
 def test_aggregated_statistics_by_hand(statistics: str, variance: float) -> None:
-    layer = DeviceBatchNorm2d(1, 2, batch_statistics=statistics, eps=0.0).eval()
+    layer = DeviceBatchNorm2d(1, 2, batch_statistics=statistics, eps=1e-12).eval()
     layer.running_mean.copy_(torch.tensor([[1.0], [5.0]]))  # mean 3, biased variance 4
     layer.running_var.copy_(torch.tensor([[2.0], [4.0]]))  # mean 3
     mean, var = layer.aggregated_statistics()
