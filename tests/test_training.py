@@ -28,6 +28,7 @@ from models import build_model, parameter_groups
 from sweeps.assembly import Assembly, compiles, open_dataset
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
+from sweeps.failures import breaks_device, gpu_is_full
 from sweeps.objective import Objective
 from sweeps.training import rounds
 from sweeps.training.compiled import CompiledNetwork
@@ -505,6 +506,40 @@ def test_what_cannot_be_compiled_trains_all_the_same(
     plain, _ = training(2, norm="batch")
     list(plain.run())
     assert without_times(compiled.history) == without_times(plain.history)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+    ],
+    ids=["Triton", "launcher"],
+)
+def test_a_gpu_that_is_full_says_nothing_of_what_can_be_compiled(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the worker's matter, and the next trial's network is compiled."""
+    assert gpu_is_full(error)
+    assert breaks_device(error)
+    calls = 0
+
+    def full_at_first(graph: Any, _: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise error
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        rounds, "CompiledNetwork", functools.partial(CompiledNetwork, backend=full_at_first)
+    )
+    with pytest.raises(type(error), match="out of memory"):
+        list(training(1, compiled=True)[0].run())
+    list(training(1, compiled=True)[0].run())
+    assert calls == 2
     torch._dynamo.reset()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,9 @@ class CompiledNetwork:
             compiled(images, blocks).sum().backward()
         except Exception as error:
             cause = error.__cause__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
+            # Of kernels that found no room to be loaded, the text alone says so.
+            full = re.search(r"CUDA[^:\n]*: out of memory", str(cause))
+            if full or isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # The caller's matter; it says nothing of the network.
             lines = str(cause).strip().splitlines() or [type(cause).__name__]
             logger.warning("the network is not compiled (%s); it trains uncompiled", lines[0])
