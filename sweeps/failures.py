@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 GPU_ERRORS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 """How errors begin that are the device's: of PyTorch, of its launcher of compiled kernels, of
 Triton."""
