@@ -173,15 +173,17 @@ class DeviceBatchNorm2d(nn.Module):
         return self.running_mean.shape[0]
 
     def aggregated_statistics(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and variance used for evaluation, both ``[C]``."""
+        """Return the mean and variance used for evaluation, both ``[C]`` in the buffers' dtype."""
         # The first batch of a device moves its variances away from exactly one.
         trained = (self.running_var != 1).any(dim=1)
         counted = (trained | ~trained.any()).to(self.running_var.dtype)
         number = counted.sum()
-        mean = counted @ self.running_mean / number
-        var = counted @ self.running_var / number
-        if self.batch_statistics == "total":
-            var = var + counted @ (self.running_mean - mean).square() / number
+        # Autocast would take the products, and with them all statistics, in bfloat16.
+        with torch.autocast(counted.device.type, enabled=False):
+            mean = counted @ self.running_mean / number
+            var = counted @ self.running_var / number
+            if self.batch_statistics == "total":
+                var = var + counted @ (self.running_mean - mean).square() / number
         return mean, var
 
     def forward(self, x: Tensor, blocks: DeviceBlocks | DeviceRuns | None = None) -> Tensor:

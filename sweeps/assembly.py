@@ -454,5 +454,6 @@ def autocast_dtype(config: TrialConfig, device: torch.device) -> torch.dtype | N
         return None
     if config.precision == "bfloat16":
         return torch.bfloat16
-    # CPUs without bfloat16 units emulate it, tens of times slower.
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    # CPUs without bfloat16 units emulate it, tens of times slower, and so do GPUs before Ampere.
+    has_units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_units else None

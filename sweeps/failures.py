@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+GPU_ERRORS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
+"""How errors begin that are the device's: of PyTorch, of its launcher of compiled kernels, of
+Triton."""
+
 
 class Hopeless(Exception):
     """Another attempt at the trial would end the same way."""
@@ -12,7 +16,8 @@ class Hopeless(Exception):
 def breaks_device(error: Exception) -> bool:
     """Whether the process can use its GPU no more, as after an illegal access."""
     text = str(error)
-    return "CUDA error" in text and not isinstance(error, torch.cuda.OutOfMemoryError)
+    found = any(name in text for name in GPU_ERRORS)
+    return found and not isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def gpu_is_full(error: Exception) -> bool:
@@ -22,7 +27,9 @@ def gpu_is_full(error: Exception) -> bool:
     elsewhere the device counts as broken, as nobody knows who holds the rest.
     """
     text = str(error)
-    return "CUBLAS_STATUS_ALLOC_FAILED" in text or "CUDA error: out of memory" in text
+    return "CUBLAS_STATUS_ALLOC_FAILED" in text or any(
+        f"{name}: out of memory" in text for name in GPU_ERRORS
+    )
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -461,6 +461,18 @@ def test_aggregated_statistics_by_hand(statistics: str, variance: float) -> None
 
 
 @pytest.mark.parametrize("statistics", ["mean", "total"])
+def test_autocast_leaves_the_statistics_of_the_evaluation_as_they_are(statistics: str) -> None:
+    layer = DeviceBatchNorm2d(4, 3, batch_statistics=statistics).eval()
+    generator = torch.Generator().manual_seed(0)
+    layer.running_mean.normal_(generator=generator)
+    layer.running_var.uniform_(0.5, 2.0, generator=generator)
+    expected = layer.aggregated_statistics()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer.aggregated_statistics()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("statistics", ["mean", "total"])
 def test_devices_that_never_trained_have_no_part_in_evaluation(statistics: str) -> None:
     x = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * 3 + 7
     of_two = DeviceBatchNorm2d(2, 2, batch_statistics=statistics)

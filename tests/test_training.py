@@ -28,6 +28,7 @@ from models import build_model, parameter_groups
 from sweeps.assembly import Assembly, compiles, open_dataset
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
+from sweeps.failures import breaks_device, gpu_is_full
 from sweeps.objective import Objective
 from sweeps.training import rounds
 from sweeps.training.compiled import CompiledNetwork
@@ -318,6 +319,18 @@ def test_a_resumed_training_equals_one_never_stopped(norm: str, cut: int, tmp_pa
         assert torch.equal(value, second_model.state_dict()[name]), name
 
 
+def test_a_training_goes_on_where_its_tensors_have_another_layout() -> None:
+    """As on a GPU, which is given channels-last ones, after a CPU."""
+    whole, _ = training(2, kind="constant")
+    expected = [r.train_loss for r in whole.run()]
+    first, _ = training(2, kind="constant")
+    next(first.run())
+    second, model = training(2, kind="constant")
+    model.to(memory_format=torch.channels_last)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert [r.train_loss for r in second.run()] == pytest.approx(expected[1:], rel=1e-5)
+
+
 def test_equal_seeds_give_equal_numbers_and_others_do_not() -> None:
     runs = [training(2, seed=seed)[0] for seed in (0, 0, 1)]
     curves = []
@@ -493,6 +506,40 @@ def test_what_cannot_be_compiled_trains_all_the_same(
     plain, _ = training(2, norm="batch")
     list(plain.run())
     assert without_times(compiled.history) == without_times(plain.history)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+    ],
+    ids=["Triton", "launcher"],
+)
+def test_a_gpu_that_is_full_says_nothing_of_what_can_be_compiled(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the worker's matter, and the next trial's network is compiled."""
+    assert gpu_is_full(error)
+    assert breaks_device(error)
+    calls = 0
+
+    def full_at_first(graph: Any, _: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise error
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        rounds, "CompiledNetwork", functools.partial(CompiledNetwork, backend=full_at_first)
+    )
+    with pytest.raises(type(error), match="out of memory"):
+        list(training(1, compiled=True)[0].run())
+    list(training(1, compiled=True)[0].run())
+    assert calls == 2
     torch._dynamo.reset()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -62,8 +63,10 @@ class CompiledNetwork:
             # The gradient is compiled when it is first asked for.
             compiled(images, blocks).sum().backward()
         except Exception as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
+            cause = error.__cause__ or getattr(error, "inner_exception", error)
+            # Of kernels that found no room to be loaded, the text alone says so.
+            full = re.search(r"CUDA[^:\n]*: out of memory", str(cause))
+            if full or isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # The caller's matter; it says nothing of the network.
             lines = str(cause).strip().splitlines() or [type(cause).__name__]
             logger.warning("the network is not compiled (%s); it trains uncompiled", lines[0])

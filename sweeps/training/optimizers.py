@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+_load_state_dict: Callable[..., None] = inspect.unwrap(Optimizer.load_state_dict)
 _sgd_step: Callable[..., Any] = inspect.unwrap(torch.optim.SGD.step)
 
 
@@ -24,7 +25,17 @@ class Uncompiled(Optimizer):
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
     state_dict = inspect.unwrap(Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, on another device or in another layout as well."""
+        _load_state_dict(self, state_dict)
+        for p, kept in self.state.items():
+            for name, value in kept.items():
+                # Fused steps go through memory place by place; of another layout than the
+                # weight's, momentum would meet other weights.
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    kept[name] = torch.empty_like(p).copy_(value)
 
     def _with_momentum(
         self, weights: Sequence[Tensor], steps: list[Tensor], momentum: float, *, nesterov: bool

@@ -448,7 +448,7 @@ def gpu_row(args: argparse.Namespace) -> Iterator[Row]:
     if not torch.cuda.is_available():
         print("gpu          not run: no CUDA device", flush=True)
         return
-    device = torch.device("cuda")
+    device = torch.device("cuda:0")  # `torch.cuda.set_device` wants the number
     prepare_process(device, torch.get_num_threads())
 
     def clock() -> float:
