@@ -404,7 +404,8 @@ class TrialConfig:
     )  # fmt: skip
     precision: str = _setting(
         "auto",
-        "`auto` is bfloat16 autocast where a GPU has it and float32 elsewhere.",
+        "`auto` is bfloat16 autocast where a GPU has it and float32 elsewhere. `float32` leaves "
+        "convolutions on a GPU PyTorch's default, TF32.",
         str,
         choices=("auto", "float32", "bfloat16"),
     )
