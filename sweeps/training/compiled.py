@@ -63,7 +63,7 @@ class CompiledNetwork:
             # The gradient is compiled when it is first asked for.
             compiled(images, blocks).sum().backward()
         except Exception as error:
-            cause = error.__cause__ or getattr(error, "inner_exception", error)
+            cause: BaseException = error.__cause__ or getattr(error, "inner_exception", error)
             # Of kernels that found no room to be loaded, the text alone says so.
             full = re.search(r"CUDA[^:\n]*: out of memory", str(cause))
             if full or isinstance(cause, torch.OutOfMemoryError):
