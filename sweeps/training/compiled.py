@@ -63,7 +63,8 @@ class CompiledNetwork:
             # The gradient is compiled when it is first asked for.
             compiled(images, blocks).sum().backward()
         except Exception as error:
-            cause: BaseException = error.__cause__ or getattr(error, "inner_exception", error)
+            inner: BaseException = getattr(error, "inner_exception", error)
+            cause = error.__cause__ or inner
             # Of kernels that found no room to be loaded, the text alone says so.
             full = re.search(r"CUDA[^:\n]*: out of memory", str(cause))
             if full or isinstance(cause, torch.OutOfMemoryError):
