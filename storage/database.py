@@ -22,7 +22,7 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
 
-from storage.errors import EmptyStorageError, StorageAwayError, StorageError, StorageURLError
+from storage.errors import HELD, EmptyStorageError, StorageAwayError, StorageError, StorageURLError
 from storage.readers import reading
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ def _cannot_open(place: str, error: BaseException, *, create: bool) -> StorageEr
     if "://" not in place:
         advice = "restore a copy of it, or name another file"
         if "locked" in reason:
-            advice = "another process holds it; wait or find that process"
+            advice = HELD
         return StorageError(f"cannot open {place} ({reason}); {advice}")
     refused = (
         "authentication", "password", "pg_hba", "does not exist", "not known", "denied",

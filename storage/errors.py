@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+HELD = "another process holds it; wait or find that process"
+"""What to do about a SQLite file that is locked for long."""
+
 
 class StorageError(Exception):
     """A storage that cannot be used as asked; the message is one line and says what to do."""

@@ -23,7 +23,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
 from storage.database import CachedDatabase, open_database
-from storage.errors import EmptyStorageError, StorageError
+from storage.errors import HELD, EmptyStorageError, StorageError
 from storage.readers import READ_ONLY_OPTION, is_reading
 from storage.urls import check_file
 
@@ -144,7 +144,7 @@ def _prepare_file(file: Path) -> None:
         _refuse_unreadable(file, error)
         advice = "choose a folder that you may write to"
         if "locked" in str(error):
-            advice = "another process holds it; wait or find that process"
+            advice = HELD
         elif "full" in str(error) or "I/O" in str(error):
             advice = "free some space there, or check the disk"
         raise StorageError(f"cannot write to {file} ({error}); {advice}") from error

@@ -40,7 +40,7 @@ from sweeps.attributes import (
 from sweeps.config import TrialConfig, Value
 from sweeps.epochs import Pruned, Reporter
 from sweeps.errors import SpecError, SweepError, kind_and_line
-from sweeps.failures import Hopeless, breaks_device, failure_kind, gpu_is_full, out_of_memory
+from sweeps.failures import Hopeless, failure_kind, out_of_memory
 from sweeps.holding import Keeper
 from sweeps.launch import NO_ROOM
 from sweeps.limits import Session, spent, stops, stops_in
@@ -48,6 +48,7 @@ from sweeps.objective import Objective
 from sweeps.provenance import provenance
 from sweeps.stopping import StopRequest
 from sweeps.studies import StoredSweep, SweepStudy, check_fingerprint, stored_sweep
+from sweeps.training.gpu_errors import breaks_device, gpu_is_full
 from sweeps.training.loop import Diverged, Interrupted
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ from models import build_model, parameter_groups
 from sweeps.assembly import Assembly, compiles, open_dataset
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError
-from sweeps.failures import breaks_device, gpu_is_full
 from sweeps.objective import Objective
 from sweeps.training import rounds
 from sweeps.training.compiled import CompiledNetwork
+from sweeps.training.gpu_errors import breaks_device, gpu_is_full
 from sweeps.training.loop import (
     Diverged,
     EpochResult,

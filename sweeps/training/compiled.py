@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sweeps.training.gpu_errors import gpu_is_full
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,7 @@ class CompiledNetwork:
         except Exception as error:
             inner: BaseException = getattr(error, "inner_exception", error)
             cause = error.__cause__ or inner
-            # Of kernels that found no room to be loaded, the text alone says so.
-            full = re.search(r"CUDA[^:\n]*: out of memory", str(cause))
-            if full or isinstance(cause, torch.OutOfMemoryError):
+            if isinstance(cause, torch.OutOfMemoryError) or gpu_is_full(cause):
                 raise cause from None  # The caller's matter; it says nothing of the network.
             lines = str(cause).strip().splitlines() or [type(cause).__name__]
             logger.warning("the network is not compiled (%s); it trains uncompiled", lines[0])
