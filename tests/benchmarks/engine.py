@@ -391,7 +391,8 @@ def fedavg_row(args: argparse.Namespace) -> Iterator[Row]:
     others = [
         (model, width, side, per_device, norm)
         for model, width in (("resnet8", 0.5), ("resnet8", 1.0), ("resnet20", 1.0),
-                             ("resnet18", 0.125), ("resnet18", 0.25), ("resnet18", 0.5))
+                             ("resnet18", 0.125), ("resnet18", 0.25), ("resnet18", 0.5),
+                             ("resnet18", 1.0))
         for side in (8, 16, 32)
         for per_device in (8, 32)
         for norm in ("group", "fixup", "batch")
