@@ -397,7 +397,6 @@ def _federated_settings(config: TrialConfig) -> FederatedSettings:
         server_momentum=config.server_momentum,
         server_beta2=config.server_beta2,
         server_epsilon=config.server_epsilon,
-        server_memory=config.server_memory,
         virtual_features=config.virtual_features,
     )
 

@@ -309,12 +309,6 @@ class TrialConfig:
     server_epsilon: float = _setting(
         1e-3, "FedAdam's adaptivity (τ): smaller adapts more.", float, above=0
     )
-    server_memory: bool = _setting(
-        False,
-        "Whether a device's last change stands in for it in the rounds that it sits out (FedVARP); "
-        "for `participation` below 1.",
-        bool,
-    )
     global_batch_size: int = _setting(
         320, "Images of one update, over all devices that take part (B).", int, low=1
     )
@@ -516,11 +510,6 @@ class TrialConfig:
                     f"virtual_features = {self.virtual_features:g} has no meaning for algorithm = "
                     "'sync-sgd', whose every step sees all devices' images; it belongs to "
                     "'fedavg' and 'scaffold'"
-                )
-            if self.server_memory:
-                raise SpecError(
-                    "server_memory = true has no meaning for algorithm = 'sync-sgd', where no "
-                    "server changes weights; it belongs to 'fedavg' and 'scaffold'"
                 )
             return
         if self.compile == "on":

@@ -54,8 +54,8 @@ def worker_bytes(assembly: Assembly, config: TrialConfig, *, cuda: bool) -> int:
     weights = sum(p.nbytes for p in model.parameters())
     copies = 1 if config.algorithm == "sync-sgd" else 1 + config.devices_per_round
     trained = COPIES_OF_WEIGHTS * copies * weights
-    remembered = (config.algorithm == "scaffold") + config.server_memory
-    trained += 2 * remembered * config.num_devices * weights
+    if config.algorithm == "scaffold":  # control variates, absent devices' too
+        trained += 2 * config.num_devices * weights
     activations = kept + of_batch * (config.global_batch_size - len(few)) // len(few)
     return PROCESS_BYTES + resident + trained + activations
 

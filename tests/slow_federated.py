@@ -188,7 +188,6 @@ def slow_reference(
     v = {name: torch.full_like(p, rules.server_epsilon**2) for name, p in start.items()}
     c = copy.deepcopy(zero)
     c_device = [copy.deepcopy(zero) for _ in devices]
-    last_changes = [copy.deepcopy(zero) for _ in devices]
     gradients_seen = [copy.deepcopy(zero) for _ in devices]
     shares_of_classes = slow_shares(image_counts, num_devices)
     class_means: dict[int, Tensor] = {}
@@ -241,18 +240,6 @@ def slow_reference(
         if (update + 1) % rules.local_steps:
             continue
         change = {name: mean[name] - start[name] for name in start}
-        if rules.server_memory:
-            counts = image_counts or [1] * num_devices
-            remembered = mean_over_devices(last_changes, [n / sum(counts) for n in counts])
-            own = [{n: end[n] - start[n] for n in start} for end in ends]
-            news = [
-                {n: own[place][n] - last_changes[d][n] for n in start}
-                for place, d in enumerate(who)
-            ]
-            new = mean_over_devices(news, shares)
-            change = {name: new[name] + remembered[name] for name in start}
-            for place, d in enumerate(who):
-                last_changes[d] = own[place]
         if rules.control_variates:
             variate_changes = []
             for d, end in zip(who, ends, strict=True):
@@ -325,7 +312,6 @@ RULES = {
     "fedadam": FederatedSettings(
         server_optimizer="adam", server_lr=0.01, server_momentum=0.9, server_beta2=0.98
     ),
-    "fedvarp": FederatedSettings(server_memory=True),
     "scaffold": FederatedSettings(control_variates=True),
     "virtual features": FederatedSettings(virtual_features=0.7),
     "all at once": FederatedSettings(
@@ -333,7 +319,6 @@ RULES = {
         proximal_mu=0.1,
         server_momentum=0.5,
         server_lr=0.9,
-        server_memory=True,
         virtual_features=1.0,
     ),
 }

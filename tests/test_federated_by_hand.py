@@ -82,27 +82,6 @@ def test_fedadam_by_hand() -> None:
     assert weights_after(algorithm, first)[1] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_fedvarp_by_hand() -> None:
-    """One device of two takes part in a round."""
-    model = OneWeight()
-    algorithm = FederatedAveraging(
-        model, {"weights": [model.weight]}, SGDSettings(momentum=0.0, weight_decay=0.0),
-        FederatedSettings(server_memory=True), num_devices=2, devices_per_round=1,
-    )  # fmt: skip
-
-    def only(device: int, pixel: float) -> Local:
-        images = torch.tensor([pixel], dtype=torch.float64).view(1, 1, 1, 1)
-        return Local(images, torch.tensor([device]), ((torch.tensor([device]), 1),))
-
-    # Device 0 goes 2 up. Nothing is known of device 1.
-    assert weights_after(algorithm, only(0, 4.0)) == ([2.0], 2.0)
-    # Device 1 stays, and of device 0 half the change that it made last: 0 - 0 + (2 + 0) / 2.
-    assert weights_after(algorithm, only(1, 0.0)) == ([3.0], 3.0)
-    # Device 0 stays: 0 - 2 + (2 + 0) / 2; then all that is remembered is 0.
-    assert weights_after(algorithm, only(0, 0.0)) == ([2.0], 2.0)
-    assert weights_after(algorithm, only(1, 0.0)) == ([2.0], 2.0)
-
-
 def test_scaffold_by_hand() -> None:
     algorithm, first, nothing = hand_sized(local_steps=1, control_variates=True)
     assert weights_after(algorithm, first) == ([0.5, 0.5], 0.5)

@@ -18,8 +18,8 @@ from sweeps.spec import SweepSpec
 SPEED_SETTINGS = (
     "dataset", "image_size", "num_train_images", "validation", "validation_fraction", "augment",
     "model", "width_factor", "norm", "num_groups", "feature_norm", "num_devices", "participation",
-    "algorithm", "local_steps", "local_momentum", "server_optimizer", "server_memory",
-    "global_batch_size", "optimizer", "precision", "compile",
+    "algorithm", "local_steps", "local_momentum", "server_optimizer", "global_batch_size",
+    "optimizer", "precision", "compile",
 )  # fmt: skip
 """Settings whose value decides how long an epoch takes."""
 

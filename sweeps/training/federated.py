@@ -27,16 +27,7 @@ With Δ = Σ_{d∈S} w_d·y_d - x after H local steps, the server's rules are
 - FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): m ← β₁m + (1 - β₁)Δ,
   v ← β₂v + (1 - β₂)Δ², x ← x + ηm / (√v + τ), from m = 0 and v = τ², without bias correction.
 
-With a server that remembers (FedVARP, Jhunjhunwala et al. 2022, arXiv 2207.14130, algorithm 1),
-any of these takes for Δ
-
-    Σ_{d∈S} w_d·(Δ_d - u_d) + Σ_d W_d·u_d,   then u_d ← Δ_d for d in S,   Δ_d = y_d - x,
-
-where u_d, from 0, is the change that device d made when it last took part, and W_d its weight
-among all D devices: absent devices have their say with the last of theirs. With all devices in
-every round that is Δ itself. Momentum buffers are averaged over the participants all the same.
-
-What a device may add to the gradient g_d of its loss, each with any of these servers, is
+and what a device may add to the gradient g_d of its loss, each with any of these servers, is
 
 - FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): μ(y_d - x), the gradient of the
   proximal term (μ/2)·|y_d - x|²;
@@ -132,7 +123,6 @@ class FederatedSettings:
         server_momentum: β of FedAvgM, β₁ of FedAdam; FedAvg has 0.
         server_beta2: β₂ of FedAdam.
         server_epsilon: τ of FedAdam.
-        server_memory: whether absent devices' last changes count, as in FedVARP.
         virtual_features: λ of the virtual features' loss; 0 leaves it out.
     """
 
@@ -145,7 +135,6 @@ class FederatedSettings:
     server_momentum: float = 0.0
     server_beta2: float = 0.99
     server_epsilon: float = 1e-3
-    server_memory: bool = False
     virtual_features: float = 0.0
 
 
@@ -248,11 +237,6 @@ class FederatedAveraging:
             fused=True,
         )
         self._server = self._fresh_server()
-        self._last_changes = (
-            {n: x.new_zeros(num_devices, *x.shape) for n, x in self._global.items()}
-            if federated.server_memory
-            else {}
-        )
         self._variates = self._fresh_variates()
         self._virtual: dict[str, Tensor] = {}
         if federated.virtual_features:
@@ -321,7 +305,6 @@ class FederatedAveraging:
             "buffers": dict(self._model.named_buffers()),
             "optimizer": self._optimizer.state_dict(),
             "server": self._server,
-            "last_changes": self._last_changes,
             "variates": self._variates,
             "virtual": self._virtual,
         }
@@ -336,8 +319,6 @@ class FederatedAveraging:
             _copy(dict(self._model.named_buffers()), state["buffers"])
             for memory, ours in self._server.items():
                 _copy(ours, state["server"][memory])
-            # A checkpoint from before there was a memory has none.
-            _copy(self._last_changes, state.get("last_changes", {}))
             for memory, ours in self._variates.items():
                 _copy(ours, state["variates"][memory])
             _copy(self._virtual, state["virtual"])
@@ -367,10 +348,11 @@ class FederatedAveraging:
 
     def _mean(self, y: Tensor) -> Tensor:
         """The participants' average of `[m, ...]`."""
-        counts = self._image_counts
-        return _weighted_mean(
-            y, None if counts is None else counts.index_select(0, self._participants)
-        )
+        if self._image_counts is None:
+            return y.mean(dim=0)
+        counts = self._image_counts.index_select(0, self._participants)
+        mean: Tensor = torch.tensordot((counts / counts.sum()).to(y.dtype), y, dims=1)
+        return mean
 
     def _backward(self, batch: DeviceBatch, per_device: int) -> Tensor:
         """Give the copies the gradients of their own batches' losses; return these, [m]."""
@@ -522,8 +504,6 @@ class FederatedAveraging:
         for name, x in self._global.items():
             y = self._local[name]
             mean = self._mean(y)
-            if rule.server_memory:
-                mean = x + self._remembering(name, y - x)
             if rule.server_optimizer == "adam":
                 change = mean - x
                 m, v = self._server["m"][name], self._server["v"][name]
@@ -539,14 +519,6 @@ class FederatedAveraging:
             else:
                 x.copy_(mean)
             y.copy_(x.expand_as(y))
-
-    def _remembering(self, name: str, changes: Tensor) -> Tensor:
-        """The mean change of a parameter over all D devices, the absent ones' as last seen."""
-        last = self._last_changes[name]
-        of_all = _weighted_mean(last, self._image_counts)
-        change = self._mean(changes - self._rows(last)) + of_all
-        last.index_copy_(0, self._participants, changes)
-        return change
 
     def _update_variates(self) -> None:
         """Set the participants' c_d to the round's mean gradients, and c to the mean of all c_d."""
@@ -588,14 +560,6 @@ class FederatedAveraging:
             "server": {name: torch.zeros_like(x) for name, x in self._global.items()},
             "sum": {name: torch.zeros_like(y.detach()) for name, y in self._local.items()},
         }
-
-
-def _weighted_mean(y: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of `[k, ...]` over its rows, weighed by `[k]`; None weighs all alike."""
-    if weights is None:
-        return y.mean(dim=0)
-    mean: Tensor = torch.tensordot((weights / weights.sum()).to(y.dtype), y, dims=1)
-    return mean
 
 
 def _fresh_statistics(weight: Tensor) -> dict[str, Tensor]:
