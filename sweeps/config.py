@@ -529,10 +529,10 @@ class TrialConfig:
                 f"{self.participation:g}, where a device's momentum is old when its turn comes "
                 "again; accepted: 'average', 'reset'"
             )
-        if self.optimizer != "sgd":
+        if self.optimizer == "lars":
             raise SpecError(
-                f"optimizer = {self.optimizer!r} belongs to algorithm = 'sync-sgd'; accepted with "
-                f"{self.algorithm!r}: 'sgd'"
+                f"optimizer = 'lars' belongs to algorithm = 'sync-sgd'; accepted with "
+                f"{self.algorithm!r}: 'sgd', 'muon'"
             )
         if self.norm == "sync-batch":
             raise SpecError(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from models import build_model, classifier_parameters, parameter_groups, stacked_forward
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
+from sweeps.training.muon import Muon
 from sweeps.training.rounds import SGDSettings
 
 D, PER_DEVICE, CLASSES = 3, 4, 5
@@ -165,11 +166,16 @@ def slow_reference(
         buffers; and the losses.
     """
     devices = [make_model(norm, num_devices=1) for _ in range(num_devices)]
-    # Of each device one optimizer for the group "weights" and one for "scalars".
-    optimizers: list[list[torch.optim.SGD]] = []
+    # Of each device one optimizer for the group "weights" and one for "scalars", and Muon.
+    optimizers: list[list[torch.optim.Optimizer]] = []
     for model in devices:
-        groups = parameter_groups(model)
+        groups = {name: list(of_group) for name, of_group in parameter_groups(model).items()}
         decays = {"weights": True, "scalars": settings.decay_scalars}
+        classifier = {id(p) for p in classifier_parameters(model)}
+        matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in classifier]
+        if settings.muon_lr_factor is not None:
+            spared = {id(p) for p in matrices}
+            groups = {n: [p for p in ps if id(p) not in spared] for n, ps in groups.items()}
         optimizers.append(
             [
                 torch.optim.SGD(
@@ -182,6 +188,14 @@ def slow_reference(
                 for name in ("weights", "scalars")
             ]
         )
+        if settings.muon_lr_factor is not None:
+            decay = settings.muon_weight_decay
+            muon = Muon(
+                [{"params": matrices}], lr=0.0, momentum=settings.momentum,
+                nesterov=settings.nesterov, weight_decay=decay,
+            )  # fmt: skip
+            optimizers[-1].append(muon)
+    lr_factors = (1.0, settings.scalar_lr_factor, settings.muon_lr_factor)
     start = {name: p.detach().clone() for name, p in devices[0].named_parameters()}
     zero = {name: torch.zeros_like(p) for name, p in start.items()}
     velocity, m = copy.deepcopy(zero), copy.deepcopy(zero)
@@ -222,14 +236,14 @@ def slow_reference(
             for name, p in model.named_parameters():
                 assert p.grad is not None
                 p.grad += rules.proximal_mu * (p.detach() - start[name])
-                decays_p = p.ndim > 1 or settings.decay_scalars
+                penalised = settings.muon_lr_factor is None or name.startswith("fc.")
+                decays_p = penalised if p.ndim > 1 else settings.decay_scalars
                 decay = settings.weight_decay * p.detach() if decays_p else 0.0
                 gradients_seen[d][name] += p.grad + decay
                 if rules.control_variates:
                     p.grad += c[name] - c_device[d][name]
-            for optimizer, factor in zip(
-                optimizers[d], (1.0, settings.scalar_lr_factor), strict=True
-            ):
+            for optimizer, factor in zip(optimizers[d], lr_factors, strict=False):
+                assert factor is not None
                 optimizer.param_groups[0]["lr"] = lr * factor
                 optimizer.step()
         losses.append(sum(device_losses) / len(who))
@@ -275,7 +289,7 @@ def slow_reference(
                 model.load_state_dict(buffers, strict=False)
         if not settings.momentum or rules.local_momentum == "keep":
             continue
-        for group in (0, 1):
+        for group in range(len(optimizers[0])):
             parameters = [
                 optimizers[d][group].param_groups[0]["params"] for d in range(num_devices)
             ]

@@ -130,9 +130,9 @@ def test_large_steps_take_the_devices_one_by_one(
     stacked, single = (make_algorithm(norm, LOCAL, rules, all_devices) for _ in range(2))
     mapped = make_algorithm(norm, LOCAL, rules, all_devices, stacked=False)
     for u, batch in enumerate(batches):
-        monkeypatch.setattr(federated, "LARGE_STEP", 10**9)
+        monkeypatch.setattr(federated, "LARGE_MAPS", 10**9)
         losses = [way.round(batch, learning_rate(u)) for way in (stacked, mapped)]
-        monkeypatch.setattr(federated, "LARGE_STEP", 0)
+        monkeypatch.setattr(federated, "LARGE_MAPS", 0)
         wanted = single.round(batch, learning_rate(u))
         for loss in losses:
             torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=1e-10)
@@ -227,10 +227,24 @@ def test_levers_work_on_every_device_by_itself(
     assert not torch.allclose(wanted["conv.weight"], plain["conv.weight"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", [{"lars_trust_coefficient": 0.01}, {"muon_lr_factor": 0.1}])
-def test_lars_and_muon_are_refused(optimizer: dict[str, float]) -> None:
+def test_lars_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be LARS"):
-        make_algorithm("group", replace(LOCAL, **optimizer), FederatedSettings())
+        make_algorithm("group", replace(LOCAL, lars_trust_coefficient=0.01), FederatedSettings())
+
+
+@pytest.mark.parametrize("norm", ["group", "fixup"])
+@pytest.mark.parametrize("name", ["fedavg", "fedavg, momentum kept", "scaffold", "all at once"])
+def test_each_device_takes_steps_of_its_own_muon(norm: str, name: str) -> None:
+    rules = replace(RULES[name], local_steps=3)
+    settings = replace(
+        LOCAL, muon_lr_factor=0.3, muon_weight_decay=0.2, nesterov=True, scalar_lr_factor=0.1
+    )
+    batches = make_batches(7)
+    algorithm = make_algorithm(norm, settings, rules)
+    losses = [algorithm.round(b, learning_rate(u)).item() for u, b in enumerate(batches)]
+    wanted, wanted_losses = slow_reference(norm, batches, settings, rules)
+    assert_equal_weights(algorithm.global_model(), wanted, tolerance=1e-8)
+    assert losses == pytest.approx(wanted_losses, rel=1e-8)
 
 
 @pytest.mark.parametrize("norm", ["group", "fixup"])

@@ -525,7 +525,10 @@ LEVERS = {
     },
     "muon": {**SGD_LEVERS, "optimizer": "muon", "muon_lr_factor": 0.1, "peak_lr": 0.3},
     "fedavg": {**SGD_LEVERS, "algorithm": "fedavg", "local_steps": 3},
-    "scaffold": {**SGD_LEVERS, "algorithm": "scaffold", "local_steps": 3},
+    "scaffold": {
+        **SGD_LEVERS, "algorithm": "scaffold", "local_steps": 3, "optimizer": "muon",
+        "muon_lr_factor": 0.1,
+    },
 }  # fmt: skip
 
 
@@ -626,7 +629,6 @@ def test_levers_that_are_off_change_nothing() -> None:
         ({"nesterov": True, "momentum": 0.0}, "no meaning for momentum = 0"),
         ({"optimizer": "lamb"}, "accepted: lars, muon, sgd"),
         ({"optimizer": "lars", "algorithm": "fedavg"}, "belongs to algorithm = 'sync-sgd'"),
-        ({"optimizer": "muon", "algorithm": "scaffold"}, "belongs to algorithm = 'sync-sgd'"),
         ({"lars_trust_coefficient": 0}, "above 0"),
         ({"muon_lr_factor": 0}, "above 0"),
         ({"agc_clip_factor": 0.0}, "above 0, or 'off'"),

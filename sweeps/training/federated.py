@@ -88,15 +88,14 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from sweeps.training.clipping import clip_units_
-from sweeps.training.optimizers import SGD
-from sweeps.training.rounds import DeviceBatch, SGDSettings, param_groups
+from sweeps.training.rounds import DeviceBatch, SGDSettings, optimizer_of
 
 Tensors: TypeAlias = dict[str, Tensor]
 
 LOCAL_MOMENTA = ("average", "keep", "reset")
 SERVER_OPTIMIZERS = ("sgd", "adam")
 
-LARGE_STEP = 2**17
+LARGE_MAPS = 2**17
 """Elements of a device's first maps above which a CPU takes the devices one by one.
 
 Up to it, one pass for all saves the overhead of D small ones; above, its grouped convolutions cost
@@ -105,6 +104,13 @@ more than that. Ten devices on one core, one by one against all at once: ResNet-
 Normalization); of width 1 on 32x32 images in batches of 8, which is as many elements as this, 0.95,
 1.2 and 1.4; in batches of 32, 0.7, 0.7 and 0.8. ResNet-18 of width 0.5 on 16x16 images in batches
 of 8, 1.1, 1.1 and 1.1; in batches of 32, twice as many as this, 0.8, 0.8 and 0.9.
+"""
+
+LARGE_PRODUCTS = 2**27
+"""Parameters times images of a device above which it does so too, however small the maps are.
+
+ResNet-18 on 8x8 images, as above: in batches of 8, 1.1, 1.1 and 1.0; in batches of 32, two and a
+half times as many as this, 0.8, 0.8 and 0.8.
 """
 
 
@@ -171,7 +177,7 @@ class FederatedAveraging:
 
     Raises:
         ValueError: a setting is not known, the model has layers whose statistics all devices
-            share in every step, or the local optimizer is LARS or Muon.
+            share in every step, or the local optimizer is LARS.
     """
 
     def __init__(
@@ -192,8 +198,6 @@ class FederatedAveraging:
     ) -> None:
         m = num_devices if devices_per_round is None else devices_per_round
         _check(model, federated, num_devices, m, image_counts)
-        if settings.lars_trust_coefficient is not None or settings.muon_lr_factor is not None:
-            raise ValueError("the devices' local optimizer cannot be LARS or Muon; accepted: SGD")
         self._model = model
         self._settings = federated
         self._clip = settings.clip_grad_norm
@@ -225,17 +229,19 @@ class FederatedAveraging:
             group: [self._local[names[p]] for p in parameters]
             for group, parameters in groups.items()
         }
-        groups_of_optimizer = param_groups(stacked, settings)
-        self._weight_decay = {
-            p: group["weight_decay"] for group in groups_of_optimizer for p in group["params"]
-        }
-        self._optimizer = SGD(
-            groups_of_optimizer,
-            lr=0.0,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            fused=True,
+        self._optimizer = optimizer_of(
+            stacked,
+            settings,
+            {id(self._local[name]) for name in self._classifier},
+            dtype=autocast_dtype,
+            stacked=True,
         )
+        # The L2 penalty, a part of what a device minimises; that of Muon's matrices is none.
+        self._weight_decay = {
+            p: 0.0 if group.get("matrices") else group["weight_decay"]
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        }
         self._server = self._fresh_server()
         self._variates = self._fresh_variates()
         self._virtual: dict[str, Tensor] = {}
@@ -368,8 +374,7 @@ class FederatedAveraging:
             logits: Tensor = functional_call(self._model, (parameters, own), (x, blocks))
             return logits
 
-        first_maps = batch.images[0, 0].numel() * per_device * self._first_channels
-        if images.device.type == "cpu" and first_maps > LARGE_STEP:
+        if images.device.type == "cpu" and self._is_large(batch, per_device):
             losses = self._one_by_one(logits_of, buffers, images, labels)
         else:
             with self._autocast():
@@ -385,6 +390,12 @@ class FederatedAveraging:
             for name, rows in buffers.items():
                 self._buffers[name].index_copy_(0, self._participants, rows)
         return losses.detach()
+
+    def _is_large(self, batch: DeviceBatch, per_device: int) -> bool:
+        """Whether one device's part is work enough for a pass of its own."""
+        first_maps = per_device * batch.images[0, 0].numel() * self._first_channels
+        products = per_device * sum(x.numel() for x in self._global.values())
+        return first_maps > LARGE_MAPS or products > LARGE_PRODUCTS
 
     def _one_by_one(
         self,

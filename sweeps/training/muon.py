@@ -33,6 +33,8 @@ class Muon(SGD):
     Groups with `matrices = False` are for all else, the classifier included: the authors have it,
     as scales and biases, trained by another optimizer. They take steps of `torch.optim.SGD`.
 
+    `stacked` parameters hold those of D networks, `[D, ...]`, each of which takes steps of its own.
+
     Args:
         params: groups of parameters; one may have every argument but `dtype` of its own.
         lr: γ.
@@ -41,6 +43,7 @@ class Muon(SGD):
         nesterov: Nesterov's form of the momentum.
         matrices: whether a group's parameters are matrices.
         dtype: what they are orthogonalised in; None is their own.
+        stacked: whether the parameters hold those of several networks.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Muon(SGD):
         nesterov: bool = True,
         matrices: bool = True,
         dtype: torch.dtype | None = None,
+        stacked: bool = False,
     ) -> None:
         self._dtype = dtype
+        self._stacked = stacked
         self._usual = {"momentum": momentum, "nesterov": nesterov, "matrices": matrices}
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
 
@@ -95,12 +100,13 @@ class Muon(SGD):
         # Those of one shape at once: a small matrix takes a GPU no time beside the call.
         alike: dict[tuple[int, int], list[int]] = {}
         for index, weight in enumerate(weights):
-            alike.setdefault((len(weight), weight[0].numel()), []).append(index)
+            matrix = weight[0] if self._stacked else weight
+            alike.setdefault((len(matrix), matrix[0].numel()), []).append(index)
         for (rows, columns), indices in alike.items():
-            stack = torch.stack([directions[i].reshape(rows, columns) for i in indices])
-            steps = orthogonalised(stack.to(self._dtype or stack.dtype))
+            stack = torch.stack([directions[i].reshape(-1, rows, columns) for i in indices])
+            steps = orthogonalised(stack.flatten(0, 1).to(self._dtype or stack.dtype))
             steps = steps * max(1.0, rows / columns) ** 0.5
-            for i, step in zip(indices, steps.to(stack.dtype), strict=True):
+            for i, step in zip(indices, steps.to(stack.dtype).view_as(stack), strict=True):
                 gradients[i].copy_(step.view_as(gradients[i]))
 
 

@@ -100,6 +100,51 @@ def param_groups(
     ]
 
 
+def optimizer_of(
+    groups: Mapping[str, Sequence[nn.Parameter | Tensor]],
+    settings: SGDSettings,
+    classifier: Collection[int],
+    *,
+    dtype: torch.dtype | None,
+    stacked: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings, its learning rate 0 until a round sets it.
+
+    Args:
+        groups: parameters by group.
+        settings: of the optimizer.
+        classifier: ids of the parameters that Muon leaves to SGD.
+        dtype: what Muon orthogonalises in; None is the parameters' own.
+        stacked: whether the parameters are `[D, ...]`, of D networks that train apart.
+
+    Raises:
+        ValueError: LARS for stacked parameters.
+    """
+    described = param_groups(groups, settings)
+    if settings.lars_trust_coefficient is not None:
+        if stacked:
+            raise ValueError("the devices' local optimizer cannot be LARS; accepted: SGD, Muon")
+        return LARS(
+            described,
+            lr=0.0,
+            momentum=settings.momentum,
+            trust_coefficient=settings.lars_trust_coefficient,
+            nesterov=settings.nesterov,
+        )
+    if settings.muon_lr_factor is not None:
+        return Muon(
+            _with_matrices(described, classifier, settings, stacked=stacked),
+            lr=0.0,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            dtype=dtype,
+            stacked=stacked,
+        )
+    return SGD(
+        described, lr=0.0, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
+    )
+
+
 class SynchronousSGD:
     """Every device computes a gradient on its own local batch; all take the averaged step.
 
@@ -138,32 +183,7 @@ class SynchronousSGD:
         self._clipped_by_unit = [p for p in self._parameters if id(p) not in spared]
         device = self._parameters[0].device
         self._device_type = device.type
-        groups_of_optimizer = param_groups(groups, settings)
-        self._optimizer: torch.optim.Optimizer
-        if settings.lars_trust_coefficient is not None:
-            self._optimizer = LARS(
-                groups_of_optimizer,
-                lr=0.0,
-                momentum=settings.momentum,
-                trust_coefficient=settings.lars_trust_coefficient,
-                nesterov=settings.nesterov,
-            )
-        elif settings.muon_lr_factor is not None:
-            self._optimizer = Muon(
-                _with_matrices(groups_of_optimizer, spared, settings),
-                lr=0.0,
-                momentum=settings.momentum,
-                nesterov=settings.nesterov,
-                dtype=autocast_dtype,
-            )
-        else:
-            self._optimizer = SGD(
-                groups_of_optimizer,
-                lr=0.0,
-                momentum=settings.momentum,
-                nesterov=settings.nesterov,
-                fused=True,
-            )
+        self._optimizer = optimizer_of(groups, settings, spared, dtype=autocast_dtype)
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor:
         """Take one step.
@@ -215,7 +235,11 @@ class SynchronousSGD:
 
 
 def _with_matrices(
-    groups: Sequence[dict[str, Any]], classifier: Collection[int], settings: SGDSettings
+    groups: Sequence[dict[str, Any]],
+    classifier: Collection[int],
+    settings: SGDSettings,
+    *,
+    stacked: bool,
 ) -> list[dict[str, Any]]:
     """The groups with what `Muon` orthogonalises in one of its own.
 
@@ -223,11 +247,13 @@ def _with_matrices(
         groups: as of `param_groups`.
         classifier: ids of parameters that are left out.
         settings: those of the new group.
+        stacked: whether the parameters are `[D, ...]`.
     """
+    fewest = 3 if stacked else 2
     parts: list[dict[str, Any]] = []
     for group in groups:
-        matrices = [p for p in group["params"] if p.ndim > 1 and id(p) not in classifier]
-        others = [p for p in group["params"] if p.ndim <= 1 or id(p) in classifier]
+        matrices = [p for p in group["params"] if p.ndim >= fewest and id(p) not in classifier]
+        others = [p for p in group["params"] if p.ndim < fewest or id(p) in classifier]
         if matrices:
             parts.append(
                 group
