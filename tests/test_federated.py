@@ -43,6 +43,7 @@ from sweeps.training import federated
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import evaluate
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
+from sweeps.training.server import SERVER_OPTIMIZERS
 
 
 @pytest.mark.parametrize("norm", ["group", "fixup"])
@@ -431,7 +432,7 @@ def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any],
 
 def test_names_are_those_of_the_algorithms() -> None:
     assert config.LOCAL_MOMENTA == federated.LOCAL_MOMENTA
-    assert config.SERVER_OPTIMIZERS == federated.SERVER_OPTIMIZERS
+    assert config.SERVER_OPTIMIZERS == SERVER_OPTIMIZERS
     assert config.FEATURE_NORMS == FEATURE_NORMS
 
 

@@ -151,9 +151,12 @@ def test_virtual_features_stand_for_draws_from_a_normal_distribution() -> None:
     images = torch.randn(40, 6, 1, 1, generator=generator, dtype=torch.float64)
     labels = torch.arange(40) % CLASSES
     algorithm.round(Local(images, labels, ((None, 40),)), 0.0)
-    algorithm._virtual_shares = torch.eye(CLASSES, dtype=torch.float64)[2:3]
-    bound = algorithm._virtual_losses().item()
-    statistics = algorithm.state_dict()["virtual"]
+    virtual = algorithm._virtual
+    assert virtual is not None
+    virtual.shares = torch.eye(CLASSES, dtype=torch.float64)[2:3]
+    head = (model.fc.weight.unsqueeze(0), model.fc.bias.unsqueeze(0))
+    bound = virtual.losses(*head, torch.arange(1)).item()
+    statistics = virtual.statistics
     normal = torch.distributions.MultivariateNormal(statistics["mean"][2], statistics["covariance"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """Federated Averaging and its relatives: D weight vectors that meet every H local steps.
 
-Between two averages every device d takes H steps of SGD on its own copy y_d of the weights, on
-its own local batches; then the server, which holds the weights x that they all started from,
-makes new ones out of the copies. With partial participation only m of the D devices take part
+Between two averages every device d takes H steps of SGD, or of Muon, on its own copy y_d of the
+weights, on its own local batches; then the server, which holds the weights x that they all started
+from, makes new ones out of the copies. With partial participation only m of the D devices take part
 in a round, and S, the set of them, is another in the next; everything below happens to those in
 S, who all start the round from x.
 
@@ -19,51 +19,16 @@ together, where F_d is the mean loss over the images of device d:
 That is exact for H = 1, plain SGD and all devices; with more local steps, copies drift towards
 their own minima, and their average has a bias that no weights take away.
 
-With Δ = Σ_{d∈S} w_d·y_d - x after H local steps, the server's rules are
-
-- FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1): x ← x + Δ;
-- FedAvgM (Hsu, Qi and Brown 2019, arXiv 1909.06335, section 4.3): v ← βv - Δ, x ← x - ηv, from
-  v = 0; the paper has η = 1;
-- FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): m ← β₁m + (1 - β₁)Δ,
-  v ← β₂v + (1 - β₂)Δ², x ← x + ηm / (√v + τ), from m = 0 and v = τ², without bias correction.
-
-and what a device may add to the gradient g_d of its loss, each with any of these servers, is
+The server makes its new weights of that average by FedAvg, FedAvgM or FedAdam
+(`sweeps.training.server`). What a device may add to the gradient g_d of its loss, each with any of
+these servers, is
 
 - FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): μ(y_d - x), the gradient of the
   proximal term (μ/2)·|y_d - x|²;
-- SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1): c - c_d, with the control
-  variates' option II, c_d ← c_d - c + (x - y_d) / (Hη) for d in S, then by line 17
-  c ← c + (m/D)·mean_{d∈S}(change of c_d), all from 0, so that c is the mean of all D variates,
-  whoever took part. With the paper's plain SGD at a constant rate η this makes c_d the mean of
-  device d's gradients over its H steps. That mean is what is kept here, since it alone still
-  means something under momentum (where x - y_d grows by 1 / (1 - momentum)) and under a rate
-  that changes or ends at 0. The gradients are those of the local objective, weight decay and
-  proximal term included. Variates are plain means whatever w_d is.
+- SCAFFOLD's control variates (`sweeps.training.control_variates`).
 
-Clipping, per device, limits g_d alone: like the weight decay, what these two add comes after.
-
-A device that holds few classes unlearns the others, and its classifier first: none of its images
-speaks for them. Virtual features speak for them instead. They stem from what the participants
-tell the server at the beginning of a round of the features h (what the classifier sees) that x
-gives their first local batches: each class's mean μ_k and one covariance Σ within the classes,
-which it sends to all of them. That takes one more forward pass a round. To the mean
-cross-entropy of its images a device adds
-
-    λ·Σ_k v_dk·ℓ_k,   ℓ_k = -ln softmax_k(z_k),
-    z_kj = w_j·μ_k + b_j + ½ (w_j - w_k)ᵀ Σ (w_j - w_k),
-
-the cross-entropy of features drawn from the normal distribution N(μ_k, Σ), by its upper bound in
-closed form: E ln Σ_j exp(a_j) ≤ ln Σ_j E exp(a_j) (Wang et al. 2019, arXiv 1909.12220,
-proposition 1). It has a gradient for the classifier (w, b) alone. v_dk = s_d·q_k - p_dk, where
-p_dk is the share of class k in the images of device d, q_k its mean over all D devices, by images
-where the averages are, and s_d = max_k p_dk / q_k the least factor for which no v_dk is negative:
-with λ = 1 all classes have their overall shares in what the classifier learns from, and where
-every device holds those there is no term. Sharing features' normal distributions is due to Luo
-et al. 2021 (CCVR, arXiv 2106.05001), who train the classifier on them after FedAvg, and Tang et
-al. 2024 (FedImpro, arXiv 2402.07011), who train the upper layers on them in the local steps, as
-is done here. No image leaves its device, but statistics of a few images' features do. A class
-that no first batch of a round shows keeps its last mean; v_dk is 0 until there is one. The term
-counts as a part of g_d.
+Clipping, per device, limits g_d alone: like the L2 penalty, what these two add comes after. Virtual
+features (`sweeps.training.virtual_features`) are a part of the loss, and so of g_d.
 
 Momentum buffers, which none of the papers' local steps have, are averaged like weights, with the
 same w_d, and given to the next participants; or reset to zero at every average; or, where all
@@ -88,12 +53,14 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from sweeps.training.clipping import clip_units_
-from sweeps.training.rounds import DeviceBatch, SGDSettings, optimizer_of
+from sweeps.training.control_variates import ControlVariates
+from sweeps.training.rounds import DeviceBatch, SGDSettings, optimizer_of, rows_of
+from sweeps.training.server import SERVER_OPTIMIZERS, Server
+from sweeps.training.virtual_features import VirtualFeatures
 
 Tensors: TypeAlias = dict[str, Tensor]
 
 LOCAL_MOMENTA = ("average", "keep", "reset")
-SERVER_OPTIMIZERS = ("sgd", "adam")
 
 LARGE_MAPS = 2**17
 """Elements of a device's first maps above which a CPU takes the devices one by one.
@@ -116,7 +83,7 @@ half times as many as this, 0.8, 0.8 and 0.8.
 
 @dataclass(frozen=True)
 class FederatedSettings:
-    """What happens between devices and server; the module's docstring has the rules.
+    """What happens between devices and server; the modules' docstrings have the rules.
 
     Attributes:
         local_steps: H.
@@ -242,16 +209,23 @@ class FederatedAveraging:
             for group in self._optimizer.param_groups
             for p in group["params"]
         }
-        self._server = self._fresh_server()
-        self._variates = self._fresh_variates()
-        self._virtual: dict[str, Tensor] = {}
+        self._server = Server(
+            self._global,
+            optimizer=federated.server_optimizer,
+            lr=federated.server_lr,
+            momentum=federated.server_momentum,
+            beta2=federated.server_beta2,
+            epsilon=federated.server_epsilon,
+        )
+        self._variates = (
+            ControlVariates(self._global, num_devices, m) if federated.control_variates else None
+        )
+        self._virtual: VirtualFeatures | None = None
         if federated.virtual_features:
             if len(self._classifier) != 2:
                 raise ValueError("virtual features need the classifier: its weight and its bias")
-            weight = self._global[self._head("weight")]
-            self._virtual = _fresh_statistics(weight)
-            self._virtual_shares = _virtual_shares(
-                class_counts, image_counts or [1] * num_devices, weight
+            self._virtual = VirtualFeatures(
+                self._global[self._head("weight")], class_counts, image_counts or [1] * num_devices
             )
 
     def round(self, batch: DeviceBatch, lr: float) -> Tensor:
@@ -276,17 +250,20 @@ class FederatedAveraging:
             group["lr"] = lr * group["lr_factor"]
         self._optimizer.zero_grad(set_to_none=True)
         losses = self._backward(batch, per_device)
-        if self._settings.virtual_features:
+        if self._virtual is not None:
             if self._steps % self._settings.local_steps == 0:
-                self._survey(batch)
-            (self._settings.virtual_features * self._virtual_losses().sum()).backward()
+                self._virtual.observe(self._features(batch), batch.labels)
+            weight, bias = (self._local[self._head(p)] for p in ("weight", "bias"))
+            virtual = self._virtual.losses(weight, bias, self._participants)
+            (self._settings.virtual_features * virtual.sum()).backward()
         with torch.no_grad():
             self._change_gradients()
             self._optimizer.step()
             self._steps += 1
             if self._steps % self._settings.local_steps == 0:
                 self._update_global()
-                self._update_variates()
+                if self._variates is not None:
+                    self._variates.update(self._participants, self._settings.local_steps)
                 self._update_momentum()
         return losses.mean()
 
@@ -310,9 +287,9 @@ class FederatedAveraging:
             "local": {name: y.detach() for name, y in self._local.items()},
             "buffers": dict(self._model.named_buffers()),
             "optimizer": self._optimizer.state_dict(),
-            "server": self._server,
-            "variates": self._variates,
-            "virtual": self._virtual,
+            "server": self._server.memory,
+            "variates": {} if self._variates is None else self._variates.state,
+            "virtual": {} if self._virtual is None else self._virtual.statistics,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -323,11 +300,13 @@ class FederatedAveraging:
             _copy(self._global, state["global"])
             _copy(self._local, state["local"])
             _copy(dict(self._model.named_buffers()), state["buffers"])
-            for memory, ours in self._server.items():
+            for memory, ours in self._server.memory.items():
                 _copy(ours, state["server"][memory])
-            for memory, ours in self._variates.items():
-                _copy(ours, state["variates"][memory])
-            _copy(self._virtual, state["virtual"])
+            if self._variates is not None:
+                for variates, ours in self._variates.state.items():
+                    _copy(ours, state["variates"][variates])
+            if self._virtual is not None:
+                _copy(self._virtual.statistics, state["virtual"])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _take_part(self, batch: DeviceBatch) -> int:
@@ -346,12 +325,6 @@ class FederatedAveraging:
             self._participants = ids
         return int(per_device)
 
-    def _rows(self, of_all: Tensor) -> Tensor:
-        """The participants' rows of what all devices have, `[D, ...]` to `[m, ...]`."""
-        if self._devices_per_round == self._num_devices:
-            return of_all
-        return of_all.index_select(0, self._participants)
-
     def _mean(self, y: Tensor) -> Tensor:
         """The participants' average of `[m, ...]`."""
         if self._image_counts is None:
@@ -368,7 +341,7 @@ class FederatedAveraging:
         labels = batch.labels.unflatten(0, (per_device, m))
         # To its own pass a device is the only one, whatever its number.
         blocks = ((None, per_device),)
-        buffers = {name: self._rows(b) for name, b in self._buffers.items()}
+        buffers = {name: rows_of(self._participants, b) for name, b in self._buffers.items()}
 
         def logits_of(parameters: Tensors, own: Tensors, x: Tensor) -> Tensor:
             logits: Tensor = functional_call(self._model, (parameters, own), (x, blocks))
@@ -451,8 +424,8 @@ class FederatedAveraging:
         return found
 
     @torch.no_grad()
-    def _survey(self, batch: DeviceBatch) -> None:
-        """Take the statistics of the features that the server's weights give a batch."""
+    def _features(self, batch: DeviceBatch) -> Tensor:
+        """What the classifier sees of a batch with the server's weights, `[B, F]`."""
         classifier_inputs: list[Tensor] = []
         head = self._model.get_submodule(self._head("weight").rpartition(".")[0])
         hook = head.register_forward_pre_hook(lambda _, args: classifier_inputs.append(args[0]))
@@ -463,29 +436,7 @@ class FederatedAveraging:
                 functional_call(self._model, (self._global, buffers), (batch.images, batch.blocks))
         finally:
             hook.remove()
-        mean, known = self._virtual["mean"], self._virtual["known"]
-        features = classifier_inputs[0].to(mean.dtype)  # [B, F]
-        of_class = F.one_hot(batch.labels, mean.shape[0]).to(mean.dtype)  # [B, C]
-        counts = of_class.sum(dim=0)
-        seen = counts > 0
-        means = of_class.T @ features / counts.clamp(min=1).unsqueeze(1)
-        mean.copy_(torch.where(seen.unsqueeze(1), means, mean))
-        known.logical_or_(seen)
-        residuals = features - mean[batch.labels]
-        freedom = (len(features) - seen.sum()).clamp(min=1)
-        torch.div(residuals.T @ residuals, freedom, out=self._virtual["covariance"])
-
-    def _virtual_losses(self) -> Tensor:
-        """Each participant's Σ_k v_dk·ℓ_k, [m]."""
-        # [m, C, F], [m, C]
-        weight, bias = self._local[self._head("weight")], self._local[self._head("bias")]
-        q = weight @ self._virtual["covariance"] @ weight.mT
-        diagonal = q.diagonal(dim1=1, dim2=2)
-        spread = diagonal.unsqueeze(1) - 2 * q + diagonal.unsqueeze(2)
-        logits = (weight @ self._virtual["mean"].T).mT + bias.unsqueeze(1) + spread / 2
-        losses = -logits.log_softmax(dim=2).diagonal(dim1=1, dim2=2)  # [m, C]
-        shares = self._rows(self._virtual_shares) * self._virtual["known"]
-        return (shares * losses).sum(dim=1)
+        return classifier_inputs[0]
 
     def _change_gradients(self) -> None:
         """Clip every device's gradient, then add what FedProx and SCAFFOLD add."""
@@ -503,43 +454,16 @@ class FederatedAveraging:
             y = self._local[name]
             if mu:
                 gradient.add_(y - self._global[name], alpha=mu)
-            if self._settings.control_variates:
-                total = self._variates["sum"][name]
-                total.add_(gradient).add_(y, alpha=self._weight_decay[y])
-                c, c_d = self._variates["server"][name], self._rows(self._variates["device"][name])
-                gradient.add_(c - c_d)
+            if self._variates is not None:
+                self._variates.correct_(
+                    name, gradient, y, self._weight_decay[y], self._participants
+                )
 
     def _update_global(self) -> None:
         """Make the server's new weights of the devices', and hand them back to all."""
-        rule = self._settings
-        for name, x in self._global.items():
-            y = self._local[name]
-            mean = self._mean(y)
-            if rule.server_optimizer == "adam":
-                change = mean - x
-                m, v = self._server["m"][name], self._server["v"][name]
-                m.mul_(rule.server_momentum).add_(change, alpha=1 - rule.server_momentum)
-                v.mul_(rule.server_beta2).addcmul_(change, change, value=1 - rule.server_beta2)
-                x.addcdiv_(m, v.sqrt().add_(rule.server_epsilon), value=rule.server_lr)
-            elif rule.server_momentum:
-                v = self._server["v"][name]
-                v.mul_(rule.server_momentum).sub_(mean - x)
-                x.sub_(v, alpha=rule.server_lr)
-            elif rule.server_lr != 1.0:
-                x.add_(mean - x, alpha=rule.server_lr)
-            else:
-                x.copy_(mean)
-            y.copy_(x.expand_as(y))
-
-    def _update_variates(self) -> None:
-        """Set the participants' c_d to the round's mean gradients, and c to the mean of all c_d."""
-        if not self._settings.control_variates:
-            return
-        for name, total in self._variates["sum"].items():
-            variates = self._variates["device"][name]
-            variates.index_copy_(0, self._participants, total / self._settings.local_steps)
-            torch.mean(variates, dim=0, out=self._variates["server"][name])
-            total.zero_()
+        self._server.step({name: self._mean(y) for name, y in self._local.items()})
+        for name, y in self._local.items():
+            y.copy_(self._global[name].expand_as(y))
 
     def _update_momentum(self) -> None:
         for y in self._local.values():
@@ -550,62 +474,6 @@ class FederatedAveraging:
                 momentum.copy_(self._mean(momentum).expand_as(momentum))
             else:
                 momentum.zero_()
-
-    def _fresh_server(self) -> dict[str, dict[str, Tensor]]:
-        rule = self._settings
-        zeros = {name: torch.zeros_like(x) for name, x in self._global.items()}
-        if rule.server_optimizer == "adam":
-            tau = rule.server_epsilon
-            v = {name: torch.full_like(x, tau**2) for name, x in self._global.items()}
-            return {"m": zeros, "v": v}
-        return {"v": zeros} if rule.server_momentum else {}
-
-    def _fresh_variates(self) -> dict[str, dict[str, Tensor]]:
-        if not self._settings.control_variates:
-            return {}
-        # c_d of all devices and c, and the sum of each participant's gradients in this round.
-        return {
-            "device": {
-                name: x.new_zeros(self._num_devices, *x.shape) for name, x in self._global.items()
-            },
-            "server": {name: torch.zeros_like(x) for name, x in self._global.items()},
-            "sum": {name: torch.zeros_like(y.detach()) for name, y in self._local.items()},
-        }
-
-
-def _fresh_statistics(weight: Tensor) -> dict[str, Tensor]:
-    """What is known of the features of C classes before the first round; `weight` is [C, F]."""
-    classes, width = weight.shape
-    return {
-        "mean": torch.zeros_like(weight),
-        "covariance": weight.new_zeros(width, width),
-        "known": torch.zeros(classes, dtype=torch.bool, device=weight.device),
-    }
-
-
-def _virtual_shares(
-    class_counts: Sequence[Sequence[int]] | None, device_weights: Sequence[int], weight: Tensor
-) -> Tensor:
-    """v_dk, [D, C], of the module's docstring; `weight` is the classifier's [C, F].
-
-    Raises:
-        ValueError: the counts are not of D devices with an image each, and C classes.
-    """
-    counts = torch.tensor([list(row) for row in class_counts or ()], dtype=torch.float64)
-    num_devices = len(device_weights)
-    accepted = (num_devices, weight.shape[0])
-    if counts.shape != accepted or not (counts.sum(dim=1) > 0).all():
-        raise ValueError(
-            f"class_counts of shape {list(counts.shape)} are not accepted with virtual features; "
-            f"accepted: numbers of images of {num_devices} devices by {weight.shape[0]} classes, "
-            "at least one image a device"
-        )
-    p = counts / counts.sum(dim=1, keepdim=True)
-    of_device = torch.tensor(list(device_weights), dtype=torch.float64)
-    q = of_device @ p / of_device.sum()
-    # A class that no device holds has no share anywhere: 0 / 1.
-    least = (p / torch.where(q > 0, q, 1.0)).amax(dim=1, keepdim=True)
-    return (least * q - p).clamp(min=0).to(weight)
 
 
 def _check(

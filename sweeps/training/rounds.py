@@ -145,6 +145,18 @@ def optimizer_of(
     )
 
 
+def rows_of(participants: Tensor, of_all: Tensor) -> Tensor:
+    """The participants' rows, `[m, ...]`, of what all D devices have, `[D, ...]`.
+
+    Args:
+        participants: their numbers in order, int64 `[m]`.
+        of_all: itself given back where all take part.
+    """
+    if len(participants) == len(of_all):
+        return of_all
+    return of_all.index_select(0, participants)
+
+
 class SynchronousSGD:
     """Every device computes a gradient on its own local batch; all take the averaged step.
 
