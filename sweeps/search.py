@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -232,8 +233,13 @@ def _build(
         if not any(_is_of(value, word) for word in known[name]):
             words = " or ".join(_WORDS[word] for word in known[name])
             raise SpecError(f"[{section}] {name} = {value!r} is not {words}, as {kind} takes it")
+    from optuna.exceptions import ExperimentalWarning
+
     try:
-        return constructor(**{**arguments, **own})
+        with warnings.catch_warnings():
+            # Every claim builds a sampler, and each would warn.
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return constructor(**{**arguments, **own})
     except (ImportError, OverflowError, TypeError, ValueError) as error:
         raise SpecError(
             f"[{section}] {_written(given)} refuses its arguments: {first_line(error)}"

@@ -1,6 +1,7 @@
 """Suggestions: Optuna's own, seeded by the trial and not by the worker."""
 
 import math
+import warnings
 from typing import Any
 
 import optuna
@@ -65,6 +66,15 @@ def test_a_trial_is_suggested_the_same_whoever_asks(kind: str) -> None:
     assert suggested({"type": kind, "seed": 3}, "s/b", 14) != first
     rates = [params["peak_lr"] for params in first]
     assert len(set(rates)) == len(rates), "a seed was used twice"
+
+
+@pytest.mark.parametrize("options", [{}, {"multivariate": True, "group": True}], ids=str)
+@pytest.mark.parametrize("kind", search.SAMPLERS)
+def test_no_claim_warns_of_experiments(kind: str, options: dict[str, Any]) -> None:
+    table = {"type": kind, **(options if kind == "TPESampler" else {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optuna.exceptions.ExperimentalWarning)
+        assert search.build_sampler(spec(sampler=table), "s", 0)
 
 
 def test_quasi_monte_carlo_points_are_one_sequence() -> None:
