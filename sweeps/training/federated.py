@@ -30,8 +30,12 @@ these servers, is
 Clipping, per device, limits g_d alone: like the L2 penalty, what these two add comes after. Virtual
 features (`sweeps.training.virtual_features`) are a part of the loss, and so of g_d.
 
-Momentum buffers, which none of the papers' local steps have, are averaged like weights, with the
-same w_d, and given to the next participants; or reset to zero at every average; or, where all
+With Muon in the local steps and averaged momentum this is FedMuon (Liu et al. 2025, arXiv
+2510.27403) without its global direction. Control variates then act before the orthogonalisation,
+and against its bias where devices differ (Takezawa et al. 2025, arXiv 2509.26337).
+
+Momentum buffers, which none of the older papers' local steps have, are averaged like weights, with
+the same w_d, and given to the next participants; or reset to zero at every average; or, where all
 devices take part, kept by them. Averaged, FedAvg with H = 1 and uniform weights is
 `SynchronousSGD`.
 
