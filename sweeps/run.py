@@ -92,7 +92,7 @@ def run_sweep(
     search.check(spec)
     check_url(storage_url)
     if not add_trials and (done := _already_done(spec, storage_url)) is not None:
-        print_answer(done, storage_url, again, out)
+        print_answer(done, storage_url, data_dir, again, out)
         return done_code(done, err)
     place.prepare(
         storage_url,
@@ -130,7 +130,7 @@ def run_sweep(
     )  # fmt: skip
     close_storage(store, storage_url)
     if status is not None:
-        print_answer(status, storage_url, again, out)
+        print_answer(status, storage_url, data_dir, again, out)
         # Those of a confirmation stand in its sweep's report.
         if status.done:
             code = done_code(status, err)
@@ -520,7 +520,9 @@ def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
     )
 
 
-def print_answer(status: SweepStatus, storage_url: str, again: str, out: Console) -> None:
+def print_answer(
+    status: SweepStatus, storage_url: str, data_dir: Path | None, again: str, out: Console
+) -> None:
     """Print what a sweep has come to, and the commands that tell more."""
     out.print()
     out.print(answer_table(status))
@@ -532,11 +534,12 @@ def print_answer(status: SweepStatus, storage_url: str, again: str, out: Console
         "report": f"sweep report {status.confirms or status.name} {where}",
         "inspect": f"sweep dashboard {where}",
     }
+    images = "" if data_dir is None else f" {shlex.join(['--data-dir', str(data_dir)])}"
     # Where the accuracy that picked the best is no measure of it, and nobody has taken one.
     if status.done and not status.confirms and status.confirmation is None:
-        lines["confirm"] = f"sweep confirm {status.name} {where}"
+        lines["confirm"] = f"sweep confirm {status.name} {where}{images}"
     if any(study.best for study in status.studies):
-        lines["take along"] = f"sweep best {status.name} {where}"
+        lines["take along"] = f"sweep best {status.name} {where}{images}"
     if not status.done:
         lines = {"go on": again.replace(storage_url, shown_url(storage_url)), **lines}
     out.print()

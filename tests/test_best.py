@@ -91,7 +91,14 @@ def test_the_settings_are_a_sweep_of_that_configuration(
 
 def test_without_checkpoints_the_settings_are_written_and_said_to_be_all(tmp_path: Path) -> None:
     file = write_spec(tmp_path / "tiny.toml", budget={"trials": 1, "keep_checkpoints": "none"})
-    assert run("start", str(file), "--workers", "1", cwd=tmp_path).returncode == 0
+    arguments = ["start", str(file), "--workers", "1", "--data-dir", "my images"]
+    ended = run(*arguments, cwd=tmp_path)
+    assert ended.returncode == 0
+    what_next = ended.stdout.splitlines()[-2:]
+    assert what_next == [
+        f"{command} tiny --storage sqlite:///sweep.db --data-dir 'my images'"
+        for command in ("confirm:    sweep confirm", "take along: sweep best")
+    ]
     done = run("best", "tiny", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == "tiny-best/tiny.toml\n"
