@@ -80,8 +80,8 @@ def _listed(data_dir: Path | None, image_size: int) -> tuple[_Tree, list[str], d
         raise DataError(f"image_size is {image_size}: it must be at least 1 pixel")
     if data_dir is None:
         raise DataError(
-            "dataset 'images' needs --data-dir: a folder or .zip with train/<class>/<image> "
-            "and test/<class>/<image>"
+            "dataset 'images' needs --data-dir, or SWEEP_DATA_DIR: a folder or .zip with "
+            "train/<class>/<image> and test/<class>/<image>"
         )
     if not data_dir.exists():
         raise DataError(f"data_dir {data_dir} does not exist: give an existing folder or .zip")

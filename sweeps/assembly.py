@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,12 +42,16 @@ class Sizes:
         updates_per_epoch: as of `DeviceBatches`.
         images_per_epoch: images that all devices bring to the updates of an epoch, over all
             devices that take part.
+        device_images: images of each device, those included that others hold too.
+        device_classes: classes of each device, of which it holds one image at least.
     """
 
     train_images: int
     val_images: int
     updates_per_epoch: int
     images_per_epoch: int
+    device_images: tuple[int, ...] = ()
+    device_classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class Assembly:
             val_images=len(prepared.val_labels),
             updates_per_epoch=updates,
             images_per_epoch=updates * config.global_batch_size,
+            device_images=tuple(len(shard) for shard in prepared.shards),
+            device_classes=tuple(
+                sum(count > 0 for count in counts)
+                for counts in _class_counts(prepared, len(self.dataset.classes))
+            ),
         )
 
     def prepared(self, config: TrialConfig) -> Prepared:
@@ -145,23 +155,30 @@ class Assembly:
         Raises:
             ValueError: if the config asks for what the splits or the models cannot do.
         """
-        prepared = self.prepared(config)
-        memory_format = self._memory_format(config)
-        channels, image_size = prepared.train_images.shape[1:3]
-        model = build_model(
-            config.model,
-            norm=config.norm,
-            num_classes=len(self.dataset.classes),
-            in_channels=channels,
-            image_size=image_size,
-            num_devices=config.num_devices,
-            width_factor=config.width_factor,
-            num_groups=config.num_groups,
-            batch_statistics=config.batch_statistics,
-            feature_norm=config.feature_norm,
-            seed=seed,
-        )
-        return model.to(self.device).to(memory_format=memory_format).train()
+        self.prepared(config)  # refuses what the splits cannot do
+        model = build_model(**self.network(config, seed))
+        return model.to(self.device).to(memory_format=self._memory_format(config)).train()
+
+    def network(self, config: TrialConfig, seed: int) -> dict[str, Any]:
+        """The arguments of `build_model` that make a config's network, plain values.
+
+        Args:
+            config, seed: as of `model`.
+        """
+        channels, image_size = self.dataset.train_images.shape[1:3]
+        return {
+            "name": config.model,
+            "norm": config.norm,
+            "num_classes": len(self.dataset.classes),
+            "in_channels": channels,
+            "image_size": image_size,
+            "num_devices": config.num_devices,
+            "width_factor": config.width_factor,
+            "num_groups": config.num_groups,
+            "batch_statistics": config.batch_statistics,
+            "feature_norm": config.feature_norm,
+            "seed": seed,
+        }
 
     def batches(self, config: TrialConfig, seed: int) -> DeviceBatches:
         """What a training of a config takes in, epoch by epoch; shapes and dtypes as in `Batch`.

@@ -314,6 +314,7 @@ def worker(
         lease_seconds=lease_seconds,
         stop=stop,
         gpu_memory=gpu_memory,
+        err=None if child else _stderr(),
     )
     raise typer.Exit(stop.exit_code)
 
@@ -540,6 +541,32 @@ def report(
     except SweepError as error:
         # The report is there; whoever may only read the store needs no more.
         typer.echo(f"sweep: {error}", err=True)
+
+
+@app.command(rich_help_panel="Look")
+def best(
+    sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder to write to. Default: NAME-best, here."),
+    ] = None,
+    storage_url: Storage = DEFAULT_STORAGE,
+    data_dir: DataDir = None,
+) -> None:
+    """Write the best trial of each study to files: its weights, and its settings as TOML."""
+    with _stderr().status("loading PyTorch and Optuna"):
+        from sweeps.best import default_folder, write_best
+
+    _quiet_libraries()
+    code = write_best(
+        sweep,
+        storage_url,
+        folder=folder or default_folder(sweep),
+        data_dir=data_dir,
+        say=typer.echo,
+        warn=lambda line: typer.echo(f"sweep: {line}", err=True),
+    )
+    raise typer.Exit(code)
 
 
 @app.command(rich_help_panel="Look")

@@ -219,7 +219,7 @@ def _show(
     print_json: Callable[[object], None] | None,
 ) -> None:
     if print_json is None:
-        print_answer(status, storage_url, again, out)
+        print_answer(status, storage_url, None, again, out)
     elif status.confirmation is not None:
         print_json(status.confirmation.as_dict())
 

@@ -53,7 +53,9 @@ def edits(stored: SweepSpec, wanted: SweepSpec) -> list[Edit]:
     """
     found, refused = _compare(stored, wanted)
     if refused:
-        shown = "; ".join(f"{key}: stored {a!r}, now {b!r}" for key, (a, b) in refused.items())
+        shown = "; ".join(
+            f"{key}: stored {_value(a)}, now {_value(b)}" for key, (a, b) in refused.items()
+        )
         raise SpecError(
             f"{wanted.name} is in the store with other settings ({shown}); these decide what a "
             "trial is, so repeat the options it was begun with, or begin anew under another "
@@ -156,6 +158,10 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f"{path}.{key}" if path else key)
     else:
         yield path, value
+
+
+def _value(value: Any) -> str:
+    return "left out" if value is None else repr(value)
 
 
 def _shown(value: Any) -> str:

@@ -37,6 +37,9 @@ DATASET_IMAGES = {
 FEWEST_FOR_IMPORTANCE = 8
 """Complete trials of a study below which a parameter's importance is noise."""
 
+NEAR_END = 0.05
+"""A value is at an end of its range when so small a part of the range is beyond it."""
+
 DRAWN_DIVERGED = 3
 """Curves of diverged trials that are kept for each study, those of a `[[try]]` first."""
 
@@ -49,6 +52,8 @@ class StudyFindings:
         status: budget and trials.
         name: the study's name, without the sweep's.
         config: what its trials share; the parameters are at their lowest.
+        validation_images: how many images an accuracy is measured on; None where an earlier version
+            made the study, and it takes the data set to say.
         curves: validation accuracy after each epoch, by trial number: of the best trial and of
             some that diverged. Over several seeds, the mean of a complete trial, and the last
             seed of any other.
@@ -59,19 +64,10 @@ class StudyFindings:
     status: StudyStatus
     name: str
     config: TrialConfig
+    validation_images: int | None
     curves: Mapping[int, Sequence[float]]
     seed_accuracies: Sequence[float]
     importance: Mapping[str, float]
-
-    @property
-    def validation_images(self) -> int | None:
-        """How many images an accuracy is measured on; None where that takes the data set."""
-        train, test = DATASET_IMAGES.get(self.config.dataset, (None, None))
-        if self.config.validation == "test":
-            return test
-        if not isinstance(self.config.num_train_images, str):
-            train = self.config.num_train_images
-        return None if train is None else round(train * self.config.validation_fraction)
 
     def standard_error(self, accuracy: float) -> float | None:
         """Binomial standard error of one training's accuracy, sqrt(p (1 - p) / n)."""
@@ -113,12 +109,25 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
                 status=study,
                 name=short_name(status, study),
                 config=config,
+                validation_images=_scored_images(config)
+                if stored.scored_images is None
+                else stored.scored_images,
                 curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},
                 seed_accuracies=[values[-1] for values in per_seed],
                 importance=_importance(complete, status.searched),
             )
         )
     return Findings(spec, status, studies)
+
+
+def _scored_images(config: TrialConfig) -> int | None:
+    """How many images score a trial, as far as its settings alone say."""
+    train, test = DATASET_IMAGES.get(config.dataset, (None, None))
+    if config.validation == "test":
+        return test
+    if not isinstance(config.num_train_images, str):
+        train = config.num_train_images
+    return None if train is None else round(train * config.validation_fraction)
 
 
 def _per_seed(trial: FrozenTrial, epochs: int) -> list[list[float]]:
@@ -207,12 +216,28 @@ def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
         if searched:
             sentence += f", at {describe_params(best.params)}"
         sentences = [sentence[0].upper() + sentence[1:] + "."]
+        sentences += _at_the_end(findings.spec, best)
         sentences += _confirmed(findings, study, best)
     for trial in study.status.trials:
         if trial.label and trial is not best:
             sentences.append(_known(findings, study, trial))
             sentences += _confirmed(findings, study, trial)
     return sentences
+
+
+def _at_the_end(spec: SweepSpec, best: TrialStatus) -> list[str]:
+    """Which parameters of a best trial stand at an end of what is searched, if any do.
+
+    A known configuration may stand there by intention, an end at which the setting itself ends
+    cannot be moved, and `choices` have no ends.
+    """
+    found = []
+    for name, value in best.params.items() if not best.label else ():
+        end = spec.search[name].end_near(value, NEAR_END) if name in spec.search else None
+        setting = TrialConfig.setting(name, "[search]")
+        if end is not None and end not in (setting.low, setting.high):
+            found.append(f"{name} stands at the end of its range, {spec.search[name]}")
+    return [f"{'; '.join(found)}: what is better may lie beyond."] if found else []
 
 
 def _confirmed(findings: Findings, study: StudyFindings, trial: TrialStatus) -> list[str]:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from storage.checkpoints import CheckpointStore, CheckpointWriter
 from sweeps.assembly import Assembly
 from sweeps.config import TrialConfig
@@ -178,6 +180,26 @@ class Objective:
         state = self._load(config, checkpoints, key)
         running = len(state["training"]["history"]) if state["training"] else 0
         return len(state["finished"]) * config.epochs + running
+
+    def trained(
+        self, config: TrialConfig, checkpoints: CheckpointStore, key: str
+    ) -> tuple[int, nn.Module] | None:
+        """The network that a config's last training has ended with, as evaluation sees it.
+
+        Args:
+            config, checkpoints, key: as of `run`.
+
+        Returns:
+            The training's seed, and the network on the assembly's device; None where the
+            checkpoint is missing, damaged, of other settings, or of a training under way.
+        """
+        state = self._load(config, checkpoints, key)
+        if state["training"] is None or len(state["training"]["history"]) < config.epochs:
+            return None
+        seed = config.seed + len(state["finished"])
+        training = self._assembly.training(config, seed)
+        training.load_state_dict(state["training"])
+        return seed, training.global_model()
 
     def _load(
         self, config: TrialConfig, checkpoints: CheckpointStore | None, key: str

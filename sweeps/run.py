@@ -34,7 +34,7 @@ from sweeps.planning.speeds import keep_speeds
 from sweeps.planning.words import plan_line
 from sweeps.preflight import agreed, device_named, estimate, load_data
 from sweeps.process import prepare_process
-from sweeps.progress import open_view, print_line
+from sweeps.progress import describe, open_view, print_line
 from sweeps.provenance import new_worker_id
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
@@ -92,7 +92,7 @@ def run_sweep(
     search.check(spec)
     check_url(storage_url)
     if not add_trials and (done := _already_done(spec, storage_url)) is not None:
-        print_answer(done, storage_url, again, out)
+        print_answer(done, storage_url, data_dir, again, out)
         return done_code(done, err)
     place.prepare(
         storage_url,
@@ -113,7 +113,13 @@ def run_sweep(
 
     def create() -> list[Edit]:
         with exclusive(store, storage_url):
-            return create_or_resume(store, spec, checked.fingerprints, addition=addition)
+            return create_or_resume(
+                store,
+                spec,
+                checked.fingerprints,
+                scored=[size.val_images for size in checked.sizes],
+                addition=addition,
+            )
 
     with patience(place_of(storage_url)):
         changed = with_retries(create)
@@ -124,7 +130,7 @@ def run_sweep(
     )  # fmt: skip
     close_storage(store, storage_url)
     if status is not None:
-        print_answer(status, storage_url, again, out)
+        print_answer(status, storage_url, data_dir, again, out)
         # Those of a confirmation stand in its sweep's report.
         if status.done:
             code = done_code(status, err)
@@ -324,12 +330,15 @@ def run_worker(
     lease_seconds: float,
     stop: StopRequest,
     gpu_memory: int | None = None,
+    err: Console | None = None,
 ) -> None:
     """Pull trials of a stored sweep in this process until its budget is met or `stop` is set.
 
     Args:
         name, storage_url, data_dir, device, threads, lease_seconds, stop: as of the command.
         gpu_memory: bytes of the device that it may allocate; None sets no limit.
+        err: gets a line when it has joined, for each trial that it ends, and at its own end; None
+            where whoever launched it shows the sweep.
 
     Raises:
         SweepError: the sweep is not in the store, the device is not there, or its trials fail.
@@ -356,8 +365,23 @@ def run_worker(
         except StopRequestedError:
             return
         checkpoints = CheckpointStore(default_checkpoint_dir(own_url(store, storage_url)))
+        ended: list[int] = []
+
+        def on_end(study: str, trial: TrialStatus) -> None:
+            ended.append(trial.number)
+            if err is not None:
+                print_line(err, f"{study} {describe(trial)}")
+
         try:
-            Worker(store, checkpoints, name, options, stop).run()
+            if err is not None:
+                with suppress(StopRequestedError):  # which the worker says, with what it means
+                    with_retries(lambda: stored_sweep(store, name))  # or there is none to join
+                width = plural(torch.get_num_threads(), "thread")
+                print_line(err, f"{name}: {options.worker_id} has joined, on {chosen}, {width}")
+            Worker(store, checkpoints, name, options, stop, None if err is None else on_end).run()
+            if err is not None:
+                why = "told to stop" if stop.is_set() else "nothing is left to run"
+                print_line(err, f"{name}: {why}; {plural(len(ended), 'trial')} ended here")
         except Exception as error:
             if not is_transient(error):
                 raise
@@ -496,7 +520,9 @@ def _opening(status: SweepStatus, storage_url: str, workers: int) -> str:
     )
 
 
-def print_answer(status: SweepStatus, storage_url: str, again: str, out: Console) -> None:
+def print_answer(
+    status: SweepStatus, storage_url: str, data_dir: Path | None, again: str, out: Console
+) -> None:
     """Print what a sweep has come to, and the commands that tell more."""
     out.print()
     out.print(answer_table(status))
@@ -508,6 +534,12 @@ def print_answer(status: SweepStatus, storage_url: str, again: str, out: Console
         "report": f"sweep report {status.confirms or status.name} {where}",
         "inspect": f"sweep dashboard {where}",
     }
+    images = "" if data_dir is None else f" {shlex.join(['--data-dir', str(data_dir)])}"
+    # Where the accuracy that picked the best is no measure of it, and nobody has taken one.
+    if status.done and not status.confirms and status.confirmation is None:
+        lines["confirm"] = f"sweep confirm {status.name} {where}{images}"
+    if any(study.best for study in status.studies):
+        lines["take along"] = f"sweep best {status.name} {where}{images}"
     if not status.done:
         lines = {"go on": again.replace(storage_url, shown_url(storage_url)), **lines}
     out.print()

@@ -51,6 +51,28 @@ class Range:
         assert self.high is not None
         return (self.low, self.high)
 
+    def end_near(self, value: Value, share: float) -> float | int | None:
+        """The end of a range that a value is near.
+
+        Args:
+            value: within it.
+            share: how near: this part of the range, where it is `log` of its logarithm.
+
+        Returns:
+            `low` or `high`; None far from both, and of choices.
+        """
+        if self.low is None or self.high is None or isinstance(value, str | bool):
+            return None
+        if self.low == self.high:
+            return None
+        low, at, high = (
+            math.log(x) if self.log else float(x) for x in (self.low, value, self.high)
+        )
+        place = (at - low) / (high - low)
+        if place <= share:
+            return self.low
+        return self.high if place >= 1 - share else None
+
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(map(written, self.choices))

@@ -25,6 +25,7 @@ SPEC = "sweep_spec"
 CELL = "cell"
 POSITION = "position"
 FINGERPRINT = "data_fingerprint"
+SCORED = "scored_images"
 READY = "ready"
 NOTE_VERSION = "dashboard:note_ver"
 NOTE_TEXT = "dashboard:note_str:"
@@ -46,6 +47,7 @@ class SweepStudy:
         budget: trials that it may run: the spec's and those that were added to it; of a
             confirmation, those that are enqueued.
         fingerprint: SHA-256 of the images and labels that its trials train on.
+        scored_images: how many images score a trial; None where an earlier version made the study.
     """
 
     study_id: int
@@ -53,6 +55,7 @@ class SweepStudy:
     cell: Mapping[str, Value]
     budget: int
     fingerprint: str
+    scored_images: int | None = None
 
 
 @dataclass
@@ -154,6 +157,7 @@ def stored_sweep(
             if spec.confirms
             else spec.budget.trials + found[0].user_attrs.get(ADDED, 0),
             study.user_attrs[FINGERPRINT],
+            study.user_attrs.get(SCORED),
         )
         for _, study in sorted(found.items())
     ]
@@ -180,6 +184,7 @@ def create_or_resume(
     spec: SweepSpec,
     fingerprints: Sequence[str],
     *,
+    scored: Sequence[int] = (),
     addition: Addition | None = None,
 ) -> list[Edit]:
     """Create the studies of a sweep, or go on with those that are there.
@@ -191,6 +196,7 @@ def create_or_resume(
         store: where the studies are.
         spec: what is wanted.
         fingerprints: of the images of each cell, in their order.
+        scored: how many images score a trial of each cell; empty where nobody counted them.
         addition: by how many trials the budget of each study grows. A later start with the
             same `trials` keeps them; one with others replaces them. A call that is repeated
             after a lost answer, with the same object, adds nothing more.
@@ -231,7 +237,9 @@ def create_or_resume(
             room = spec.budget.trials + added
             _refuse_tries_without_room(store, spec, position, study._study_id, room)
     for position, fingerprint in enumerate(fingerprints):
-        _create_study(store, spec, position, fingerprint)
+        _create_study(
+            store, spec, position, fingerprint, scored=scored[position] if scored else None
+        )
     if added != before:
         store.set_study_user_attr(parts[0]._study_id, ADDED, added)
     if add_trials:
@@ -285,7 +293,9 @@ def _refuse_tries_without_room(
         )
 
 
-def _create_study(store: BaseStorage, spec: SweepSpec, position: int, fingerprint: str) -> None:
+def _create_study(
+    store: BaseStorage, spec: SweepSpec, position: int, fingerprint: str, *, scored: int | None
+) -> None:
     """Create, complete or renew one study; READY is written last, when nothing is missing."""
     import optuna
 
@@ -304,6 +314,7 @@ def _create_study(store: BaseStorage, spec: SweepSpec, position: int, fingerprin
         CELL: dict(cell),
         POSITION: position,
         FINGERPRINT: fingerprint,
+        **({} if scored is None else {SCORED: scored}),
         "question": spec.question,
         "source": spec.source,
         SPEC: spec.as_dict(),  # last: with it the study counts as a part of the sweep

@@ -32,7 +32,7 @@ from sweeps.errors import SpecError, SweepError
 from sweeps.merging import MERGED_FROM, attribute, stored_spec
 from sweeps.spec import SweepSpec
 from sweeps.status import OUTCOMES
-from sweeps.studies import ADDED, CELL, FINGERPRINT, POSITION, READY, SPEC, SWEEP
+from sweeps.studies import ADDED, CELL, FINGERPRINT, POSITION, READY, SCORED, SPEC, SWEEP
 
 _MAX_TRIALS = 2**31 - 1
 
@@ -81,6 +81,9 @@ def _check_study(name: str, study: StudyRows) -> SweepSpec:
         raise SweepError(f"the spec of {where} cannot be read ({type(error).__name__})") from error
     if spec.budget.trials > _MAX_TRIALS:
         raise SweepError(f"{where} has a budget of more than {_MAX_TRIALS} trials")
+    scored = attribute(attrs, SCORED)
+    if scored is not None and (type(scored) is not int or scored < 1):
+        raise SweepError(f"{where} has no number of images that score a trial")
     added = attribute(attrs, ADDED) or 0
     if type(added) is not int or not 0 <= added <= _MAX_TRIALS:
         raise SweepError(f"{where} has {str(added)[:80]!r} added trials")

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,6 +47,7 @@ from sweeps.launch import NO_ROOM
 from sweeps.limits import Session, spent, stops, stops_in
 from sweeps.objective import Objective
 from sweeps.provenance import provenance
+from sweeps.status import TrialStatus
 from sweeps.stopping import StopRequest
 from sweeps.studies import StoredSweep, SweepStudy, check_fingerprint, stored_sweep
 from sweeps.training.gpu_errors import breaks_device, gpu_is_full
@@ -101,6 +103,7 @@ class Worker:
         name: the sweep.
         options: how to run.
         stop: set it to end after the running update.
+        on_end: hears of each trial that has ended here: its study's name and what became of it.
     """
 
     def __init__(
@@ -110,12 +113,14 @@ class Worker:
         name: str,
         options: WorkerOptions,
         stop: StopRequest,
+        on_end: Callable[[str, TrialStatus], None] | None = None,
     ) -> None:
         self._store = store
         self._checkpoints = checkpoints
         self._name = name
         self._options = options
         self._stop = stop
+        self._on_end = on_end
         self._queue = TrialQueue(
             store, worker_id=options.worker_id, lease_seconds=options.lease_seconds
         )
@@ -269,6 +274,9 @@ class Worker:
             )
             return
         self._tidy_checkpoints(sweep, study, claim, state)
+        if self._on_end is not None:
+            trial_now = with_retries(lambda: self._store.get_trial(claim.trial_id))
+            self._on_end(study.name, _ended(trial_now, value, attrs))
         self._note_failure(attrs if attrs[OUTCOME] == "failed" else None)
 
     def _tidy_checkpoints(
@@ -411,6 +419,23 @@ class Worker:
                 f"{SAME_FAILURES} trials in a row failed alike: {attrs[REASON]}; the traceback is "
                 f"kept with each of them as the attribute {ERROR!r}"
             )
+
+
+def _ended(trial: FrozenTrial, value: float | None, attrs: dict[str, Any]) -> TrialStatus:
+    """A trial that this worker has told, with what it was told with."""
+    return TrialStatus(
+        number=trial.number,
+        outcome=attrs[OUTCOME],
+        label=trial.user_attrs.get(LABEL, ""),
+        params=trial.params,
+        accuracy=value,
+        step=trial.last_step or 0,
+        reason=attrs.get(REASON, ""),
+        seconds=attrs[SECONDS],
+        images_per_second=None,
+        worker="",
+        carried_from=trial.user_attrs.get(carrying.CARRIED, ""),
+    )
 
 
 def _records(complete: list[FrozenTrial]) -> list[int]:

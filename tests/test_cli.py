@@ -195,6 +195,12 @@ def test_a_worker_may_join_from_elsewhere(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=1200)
     assert joined.returncode == 0, joined.stderr
     assert process.returncode == 0, err
+    first, *ended, last = joined.stderr.splitlines()
+    assert first.endswith("has joined, on cpu, 1 thread")
+    mine = [f"tiny #{t.number}  complete" for t in trials(tmp_path)
+            if t.system_attrs[LEASE_ATTR]["worker"] in first]  # fmt: skip
+    assert [line[: len(mine[0])] for line in ended] == mine
+    assert last.startswith("tiny: nothing is left to run; ")
     assert len({t.system_attrs[LEASE_ATTR]["worker"] for t in trials(tmp_path)}) == 2
 
 
@@ -215,7 +221,9 @@ def test_sigterm_to_a_worker_is_polite(tmp_path: Path) -> None:
     wait_for_epochs(tmp_path, 2, busy=1)
     lone.send_signal(signal.SIGTERM)
     _, err = lone.communicate(timeout=120)
-    assert (lone.returncode, err) == (0, "")
+    assert lone.returncode == 0
+    _, last = err.splitlines()
+    assert last == "tiny: told to stop; 0 trials ended here"
     assert {t.state for t in trials(tmp_path)} == {TrialState.WAITING}
 
 

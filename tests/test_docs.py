@@ -103,8 +103,11 @@ def run_page(name: str, cwd: Path, change: Callable[[str], str] = lambda line: l
 
 
 def test_the_commands_of_own_sweep_run(tmp_path: Path) -> None:
-    write_spec(tmp_path / "my-sweep.toml", budget={"trials": 1}, train={"epochs": 1})
-    run_page("own-sweep.md", tmp_path)
+    write_spec(
+        tmp_path / "my-sweep.toml", budget={"trials": 1}, each={"global_batch_size": [80]},
+        train={"epochs": 1, "global_batch_size": None},
+    )  # fmt: skip
+    run_page("own-sweep.md", tmp_path, lambda line: line.replace("epochs=60", "epochs=2"))
     assert (tmp_path / "other.toml").exists()
 
 

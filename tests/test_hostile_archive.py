@@ -264,6 +264,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
         rewrite(lambda s: s["trials"][0]["study_attrs"].update({"sweep": "1"})), "not one of"
     ),
     "a study of another name": (rewrite(lambda s: s.update(name="other")), "not the study"),
+    "no number of images": (
+        rewrite(lambda s: s["user_attrs"].update(scored_images='"many"')), "score a trial"
+    ),
     "a spec of another name": (rewrite(lambda s: spec_of(s, name="x")), "is of 'x'"),
     "a spec of nonsense": (rewrite(lambda s: spec_of(s, train=[1])), "spec"),
     "a spec without its end": (rewrite(lambda s: spec_of(s, budget={"trials": -1})), "budget"),

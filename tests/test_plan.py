@@ -155,6 +155,39 @@ def test_images_are_those_that_a_trial_trains_on(train: dict[str, Any], images: 
     assert sum(len(batch.labels) for batch in batches.epoch(0)) == images
 
 
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"split": "classes", "classes_per_device": 5}, r"4 devices with 269 to 270 images and 5 "),
+        ({"split": "dirichlet", "alpha": 0.1}, r"4 devices with \d+ to \d+ images and \d to \d+ "),
+        # Of the 1,078 training images, 278 are divided.
+        ({"shared_images": 800}, r"4 devices with 869 to 870 images and 10 "),
+    ],
+)
+def test_the_split_is_counted_as_the_devices_hold_it(train: dict[str, Any], said: str) -> None:
+    spec = make_spec(train=train, search={}, budget={"trials": 1})
+    config = spec.config({}, {})
+    assembly = Assembly(load_dataset("digits"), torch.device("cpu"))
+    sizes = assembly.sizes(config)
+    prepared = assembly.prepared(config)
+    held = [prepared.train_labels[torch.from_numpy(shard)] for shard in prepared.shards]
+    assert sizes.device_images == tuple(len(labels) for labels in held)
+    assert sizes.device_classes == tuple(len(set(labels.tolist())) for labels in held)
+    found = count(spec, [sizes], None, slots=lambda left: [Slot("cpu", 1)])
+    (line,) = (line for line in plan_lines(found) if line.startswith("split:"))
+    assert re.fullmatch(rf"split:      {said}classes each", line)
+
+
+def test_splits_that_differ_have_a_line_each() -> None:
+    spec = make_spec(each={"norm": ["group", "layer", "fixup"]}, train={"norm": None})
+    ways = [dataclasses.replace(SIZES, device_images=(5, n), device_classes=(2, 2)) for n in (5, 9)]
+    found = count(spec, [ways[0], ways[1], ways[0]], None, slots=lambda left: [Slot("cpu", 1)])
+    assert [line for line in plan_lines(found) if line.startswith("split:")] == [
+        "split:      2 devices with 5 images and 2 classes each (norm=group; norm=fixup)",
+        "split:      2 devices with 5 to 9 images and 2 classes each (norm=layer)",
+    ]
+
+
 def test_a_study_that_is_done_needs_no_measurement() -> None:
     spec = make_spec(each={"norm": ["group", "fixup"]}, train={"norm": None})
     whole = plan_of(spec)

@@ -451,6 +451,43 @@ def test_choices_stand_side_by_side(tmp_path: Path) -> None:
     assert "Studies stand side by side" in drawn.caption
 
 
+def test_the_images_that_score_a_trial_are_those_of_the_study(tmp_path: Path) -> None:
+    """What `sweep start` has counted holds, where the settings alone say nothing of it."""
+    spec = known_spec(each={}, train={"dataset": "images", "image_size": 8})
+    store = create(tmp_path, spec)
+    add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], {"peak_lr": 0.1, "warmup_epochs": 1.0})
+    (uncounted,) = findings(store).studies
+    assert (uncounted.validation_images, uncounted.standard_error(0.5)) == (None, None)
+    create_or_resume(store, spec, ["0" * 64], scored=[100])
+    found = findings(store)
+    (sentence,) = study_sentences(found, found.studies[0])
+    assert "accuracy 0.5000 ± 0.0500," in sentence  # sqrt(0.5 * 0.5 / 100)
+    create_or_resume(store, spec, ["0" * 64])  # whoever has not counted takes nothing away
+    assert findings(store).studies[0].validation_images == 100
+
+
+@pytest.mark.parametrize(
+    ("params", "label", "said"),
+    [
+        ({"peak_lr": 0.9, "warmup_epochs": 1.0}, "", "peak_lr stands at the end of its range, "
+         "0.01 to 1 (log): what is better may lie beyond."),
+        ({"peak_lr": 0.7, "warmup_epochs": 2.9}, "", "warmup_epochs stands at the end of its "
+         "range, 0 to 3: what is better may lie beyond."),
+        ({"peak_lr": 0.7, "warmup_epochs": 0.0}, "", None),  # none can be shorter
+        ({"peak_lr": 0.9, "warmup_epochs": 1.0}, "usual", None),
+    ],
+)  # fmt: skip
+def test_a_best_trial_at_the_end_of_a_range_is_said_to_be_there(
+    tmp_path: Path, params: dict[str, float], label: str, said: str | None
+) -> None:
+    spec = known_spec(each={}, train={"global_batch_size": 128})
+    store = create(tmp_path, spec)
+    add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], params, label=label)
+    found = findings(store)
+    _, *rest = study_sentences(found, found.studies[0])
+    assert rest == ([said] if said else [])
+
+
 def test_the_sizes_of_the_data_sets_are_theirs() -> None:
     digits = load_dataset("digits")
     assert DATASET_IMAGES["digits"] == (len(digits.train_labels), len(digits.test_labels))

@@ -97,6 +97,7 @@ def test_a_try_that_the_budget_has_no_room_for_is_refused(tmp_path: Path) -> Non
     ("change", "said"),
     [
         ({"train": {"norm": None, "epochs": 4}}, "train.epochs: stored 3, now 4"),
+        ({"train": {"norm": None, "seed": 5}}, "train.seed: stored left out, now 5"),
         ({"search": {"peak_lr": {"low": 0.02, "high": 0.3}}}, "search.peak_lr"),
         ({"each": {"norm": ["group"]}}, "each"),
         ({"budget": {"trials": 3, "seeds": 2}}, "budget.seeds"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from rich.table import Table
 
@@ -12,6 +14,12 @@ from sweeps.progress import PlainTable
 
 DAY = 86400.0
 """Seconds."""
+
+SPLIT = (
+    "num_devices", "split", "classes_per_device", "assignment", "alpha", "min_images_per_device",
+    "shared_images",
+)  # fmt: skip
+"""Settings that the devices' shares depend on, and that may be searched."""
 
 
 def spoken(seconds: float) -> str:
@@ -91,6 +99,7 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = [
         f"to run:     {work}",
         *(f"data:       {_data_line(found)}" for found in plan.data),
+        *(f"split:      {line}" for line in _split_lines(plan)),
         f"device:     {_device_name(slot.device)}; {plural(len(plan.slots), 'worker')}, "
         f"{plural(slot.threads, 'thread')} each",
         *([f"workers:    {plan.packing}"] if plan.packing else []),
@@ -118,6 +127,28 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     lines += [f"note:       {problem}" for problem in plan.problems]
     return lines
+
+
+def _split_lines(plan: Plan) -> list[str]:
+    """How the images are divided over the simulated devices, a line for each way there is."""
+    found: dict[str, list[str]] = {}
+    for study in plan.studies:
+        images, classes = study.sizes.device_images, study.sizes.device_classes
+        if images:
+            held = f"{_span(images)} images and {_span(classes)} classes each"
+            split = f"{plural(len(images), 'device')} with {held}"
+            found.setdefault(split, []).append(study.name.removeprefix(f"{plan.spec.name}/"))
+    searched = [name for name in plan.spec.search if name in SPLIT]
+    where = f", at the lowest {' and '.join(searched)}" if searched else ""
+    return [
+        f"{split}{where}" + (f" ({'; '.join(names)})" if len(found) > 1 else "")
+        for split, names in found.items()
+    ]
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _data_line(found: Outline) -> str:
