@@ -559,7 +559,8 @@ def dashboard(
         server = make_dashboard(storage_url, host, port, writable=writable)
     except OSError as error:
         raise SweepError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
+            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port, "
+            "or an address of this machine for --host"
         ) from None
     with server:
         bound, port = server.server_address[:2]
