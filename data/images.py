@@ -185,6 +185,11 @@ def _check_tree(data_dir: Path, tree: _Tree) -> list[str]:
                 "it must hold train/<class>/<image> and test/<class>/<image>"
             )
     classes = sorted(tree["train"].keys() | tree["test"].keys())
+    if len(classes) < 2:
+        raise DataError(
+            f"{data_dir} has images of one class alone, {classes[0]!r}: there must be two or more "
+            "to tell apart, as train/<class>/<image> and test/<class>/<image>"
+        )
     for label in classes:
         for part, found in tree.items():
             if not found.get(label):

@@ -121,8 +121,8 @@ def _refuse_another_file(engine: Engine, file: Path) -> None:
     def check(*_: object) -> None:
         if _identity(file) != opened:
             raise StorageError(
-                f"{file} was moved, removed or replaced while it was in use; put it back, with "
-                f"{file.name}-wal if there is one, and start again"
+                f"{file} was moved, removed, replaced or emptied while it was in use; put it back, "
+                f"with {file.name}-wal if there is one, and start again"
             )
 
     event.listen(engine, "do_connect", check)
@@ -130,10 +130,12 @@ def _refuse_another_file(engine: Engine, file: Path) -> None:
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
-    """What tells a file from another of its name; None if there is none."""
+    """What tells a file from another of its name; None if there is none, or nothing in it."""
     try:
         status = file.stat()
     except OSError:
+        return None
+    if status.st_size == 0:
         return None
     return status.st_dev, status.st_ino
 

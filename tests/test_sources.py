@@ -198,16 +198,17 @@ def test_a_pipe_is_not_waited_at(tree: Path, place: str) -> None:
 
 
 def test_many_images_keep_their_order_across_threads(tmp_path: Path) -> None:
-    for part, count in (("train", 700), ("test", 1)):
-        (tmp_path / "many" / part / "only").mkdir(parents=True)
+    for part, count in (("train", 700), ("test", 2)):
         for i in range(count):
+            folder = tmp_path / "many" / part / ("first" if i < count / 2 else "second")
+            folder.mkdir(parents=True, exist_ok=True)
             pixel = Image.new("RGB", (1, 1), (i % 256, i // 256, 0))
-            pixel.save(tmp_path / "many" / part / "only" / f"{i:04}.png")
+            pixel.save(folder / f"{i:04}.png")
     lines: list[str] = []
     dataset = load_images(tmp_path / "many", image_size=1, progress=lines.append)
     red_green = dataset.train_images[:, :2, 0, 0].long()
     assert (red_green[:, 0] + 256 * red_green[:, 1]).tolist() == list(range(700))
-    assert lines[-2:] == ["decoded 700 of 700 training images", "decoded 1 of 1 test images"]
+    assert lines[-2:] == ["decoded 700 of 700 training images", "decoded 2 of 2 test images"]
 
 
 def remove(name: str) -> Callable[[Path], object]:
@@ -245,6 +246,10 @@ def truncate(tree: Path) -> None:
         (
             write("train/bee/notes.txt"),
             r"train/bee/notes\.txt in .* is not a readable image \(of no image format that Pil",
+        ),
+        (
+            lambda tree: [shutil.rmtree(tree / part / "ant") for part in ("train", "test")],
+            r"has images of one class alone, 'bee': there must be two or more",
         ),
         (truncate, r"test/ant/1\.png in .* is not a readable image"),
         (nest, r"holds the folder train/ant/deep.*right in the folder of their class"),

@@ -385,7 +385,11 @@ def replace(file: Path) -> None:
     file.with_name("empty").replace(file)
 
 
-@pytest.mark.parametrize("harm", [remove, move, replace])
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("harm", [remove, move, replace, empty])
 def test_nobody_goes_on_in_a_file_that_has_gone(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
@@ -397,12 +401,12 @@ def test_nobody_goes_on_in_a_file_that_has_gone(
     reader = open_storage(url, read_only=True)
     assert len(reader.get_all_studies()) == 1
     harm(file)
-    said = f"{file} was moved, removed or replaced while it was in use; put it back"
+    said = f"{file} was moved, removed, replaced or emptied while it was in use; put it back"
     for operation in (lambda: queue.claim([(study_id, 1)]), reader.get_all_studies):
         with pytest.raises(StorageError, match=re.escape(said)):
             operation()
     close_storage(storage, url)
-    assert file.exists() == (harm is replace)
+    assert file.exists() == (harm in (replace, empty))
     if harm is move:
         file.with_name("elsewhere.db").rename(file)
         assert queue.claim([(study_id, 1)]) is not None
