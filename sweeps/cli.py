@@ -614,6 +614,8 @@ def main() -> None:
         if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
             from storage.retries import reason
 
+            if "RpcError" in names:  # the server has said what to do
+                _fail(f"the database failed: {reason(error)}", 1)
             advice = "check it or restore a copy, then run this again"
             _fail(f"the database failed ({reason(error)}); {advice}", 1)
         raise
