@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ import filelock
 import torch
 
 from data.dataset import Dataset, Outline, fingerprint_of
+from data.errors import DataError
 from data.folders import cache_dir
 
 # Raised whenever decoding changes, so that files of older versions are not used.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 Progress = Callable[[str], None]
 """Called with one line of text at steps that take long."""
@@ -55,7 +58,8 @@ def cached(source: dict[str, Any], report: Progress, decode: Callable[[], Datase
             return found
         if path.exists():
             report(f"discarding the broken cache file {path}")
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # told below, where another cannot take its place
+                path.unlink(missing_ok=True)
         dataset = decode()
         try:
             _write_cache(path, dataset)
@@ -107,8 +111,15 @@ def outlined(
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change, which stand for a file's content in cache keys."""
+    """Size and time of change, which stand for a file's content in cache keys.
+
+    Raises:
+        DataError: it is no file; whoever reads a pipe waits for ever.
+        OSError: there is none.
+    """
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is neither a file nor a folder: remove it, or name another")
     return status.st_size, status.st_mtime_ns
 
 

@@ -33,6 +33,9 @@ class _Part:
     labels: NDArray[np.int64]
 
 
+# The bit of a zip entry's flags that says so.
+_ENCRYPTED = 0x1
+
 # Files by part ("train" or "test") and class; classes without files are there too.
 _Tree = dict[str, dict[str, list[str]]]
 
@@ -86,6 +89,7 @@ def _listed(data_dir: Path | None, image_size: int) -> tuple[_Tree, list[str], d
     if not data_dir.exists():
         raise DataError(f"data_dir {data_dir} does not exist: give an existing folder or .zip")
     try:
+        stamps = [] if data_dir.is_dir() else [["", *stamp(data_dir)]]
         tree = _list_folder(data_dir) if data_dir.is_dir() else _list_zip(data_dir)
         classes = _check_tree(data_dir, tree)
         if data_dir.is_dir():
@@ -96,8 +100,6 @@ def _listed(data_dir: Path | None, image_size: int) -> tuple[_Tree, list[str], d
                 for name in tree[part][label]
             ]
             stamps = [[name, *stamp(data_dir / name)] for name in names]
-        else:
-            stamps = [["", *stamp(data_dir)]]
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(
             f"data_dir {data_dir} cannot be read ({one_line(error)}): "
@@ -134,7 +136,15 @@ def _list_folder(data_dir: Path) -> _Tree:
 
 def _list_zip(data_dir: Path) -> _Tree:
     with zipfile.ZipFile(data_dir) as archive:
-        names = [i.filename for i in archive.infolist() if not _is_hidden(i.filename)]
+        entries = archive.infolist()
+    for entry in entries:
+        if entry.flag_bits & _ENCRYPTED:
+            raise DataError(
+                f"{data_dir} is encrypted: give a .zip without a password, or the folder that it "
+                "unpacks to"
+            )
+    # What stands in it twice is, as for whoever unpacks it, the later one alone.
+    names = {entry.filename for entry in entries if not _is_hidden(entry.filename)}
     top = {name.split("/")[0] for name in names if "/" in name}
     prefix = f"{top.pop()}/" if len(top) == 1 and not top & {"train", "test"} else ""
     tree: _Tree = {"train": {}, "test": {}}
@@ -175,6 +185,11 @@ def _check_tree(data_dir: Path, tree: _Tree) -> list[str]:
                 "it must hold train/<class>/<image> and test/<class>/<image>"
             )
     classes = sorted(tree["train"].keys() | tree["test"].keys())
+    if len(classes) < 2:
+        raise DataError(
+            f"{data_dir} has images of one class alone, {classes[0]!r}: there must be two or more "
+            "to tell apart, as train/<class>/<image> and test/<class>/<image>"
+        )
     for label in classes:
         for part, found in tree.items():
             if not found.get(label):
@@ -252,7 +267,7 @@ def _num_threads() -> int:
 def _decode_image(content: bytes, size: int) -> NDArray[np.uint8]:
     """Decode one image into RGB, uint8 [3, size, size]."""
     with Image.open(io.BytesIO(content)) as opened:
-        image = opened.convert("RGB")
+        image = _in_rgb(opened)
     if image.size != (size, size):
         short = min(image.size)
         width, height = (max(size, round(side * size / short)) for side in image.size)
@@ -260,3 +275,20 @@ def _decode_image(content: bytes, size: int) -> NDArray[np.uint8]:
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """Convert what was opened into 8 bits of red, green and blue.
+
+    Raises:
+        ValueError: nothing says which of its values is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow would cut all values above 255. Of 16-bit colours it takes the upper byte, too.
+        grey = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers, accepted are 8 and 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # else Pillow warns; the colours are the same
+    return image.convert("RGB")

@@ -119,12 +119,14 @@ def writing(path: Path, *, overwrite: bool) -> Iterator[ArchiveWriter]:
     """Write an archive that has its name only when it is whole and on the disk.
 
     Args:
-        path: the file.
+        path: the file; of a link that is to be overwritten, what it leads to is replaced.
         overwrite: whether it may replace another.
 
     Raises:
         ArchiveError: the file exists, or cannot be written; nothing of it is left.
     """
+    if overwrite:
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         try:

@@ -8,6 +8,7 @@ kills the process, and whenever, leaves the previous checkpoint or the new one.
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import hashlib
 import io
@@ -131,9 +132,7 @@ class CheckpointStore:
                 self._sync_folder()
                 self._clean.add(path.name)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot save checkpoint {path} ({error.strerror or error}); free some space there"
-            ) from error
+            raise _cannot("save", path, error) from error
 
     def load(self, key: str) -> dict[str, Any] | None:
         """Return the state of ``key`` with its tensors on the CPU, or None if there is none.
@@ -152,9 +151,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CheckpointError(
-                f"cannot read checkpoint {path} ({error.strerror or error})"
-            ) from error
+            raise _cannot("read", path, error) from error
         try:
             # torch.load does not verify the checksums that torch.save writes.
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -182,9 +179,7 @@ class CheckpointStore:
             path.unlink(missing_ok=True)
             self._remove_temporaries(path.name)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot remove checkpoint {path} ({error.strerror or error})"
-            ) from error
+            raise _cannot("remove", path, error) from error
 
     def disk_usage(self, prefix: str = "") -> tuple[int, int]:
         """Return how many checkpoints there are, and the bytes that they hold.
@@ -311,6 +306,13 @@ class CheckpointWriter:
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
+
+
+def _cannot(what: str, path: Path, error: OSError) -> CheckpointError:
+    advice = "free some space there"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
+        advice = f"{path.parent} has to be a folder of files that you may write to"
+    return CheckpointError(f"cannot {what} checkpoint {path} ({error.strerror or error}); {advice}")
 
 
 def _copied(value: Any) -> Any:

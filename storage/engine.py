@@ -111,7 +111,7 @@ def close_storage(storage: BaseStorage, url: str) -> None:
     elif is_grpc(url):
         backend.close()  # type: ignore[union-attr]  # storage.remote.RemoteStorage
     file = sqlite_path(url)
-    if file is not None:
+    if file is not None and file.exists():  # to connect would create one that was removed
         try:
             with closing(sqlite3.connect(file, timeout=5)) as connection:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -29,7 +29,7 @@ from storage.urls import check_file
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
 
 LOCK_TIMEOUT_SECONDS = 60.0
 """How long one SQLite operation waits for other processes before it fails as "locked"."""
@@ -66,6 +66,7 @@ def open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
             f"cannot write in {file.parent} ({error.strerror or error}); "
             "choose a folder that you may write to"
         ) from error
+    _refuse_another_file(storage.engine, file)
     event.listen(storage.engine, "connect", _set_synchronous)
     event.listen(storage.engine, "begin", _begin)
     # The pooled connection from construction has not seen the events.
@@ -103,9 +104,40 @@ def open_sqlite_read_only(file: Path) -> BaseStorage:
         place=str(file),
         create=False,
     )
+    _refuse_another_file(storage.engine, file)
     event.listen(storage.engine, "begin", _begin_reading)
     storage.engine.dispose()
     return CachedDatabase(storage)
+
+
+def _refuse_another_file(engine: Engine, file: Path) -> None:
+    """Have every transaction fail once the file is not where it was when it was opened.
+
+    SQLite goes on in a file that was removed, and all of it is gone with the process; a new
+    connection would begin an empty one in its place.
+    """
+    opened = _identity(file)
+
+    def check(*_: object) -> None:
+        if _identity(file) != opened:
+            raise StorageError(
+                f"{file} was moved, removed, replaced or emptied while it was in use; put it back, "
+                f"with {file.name}-wal if there is one, and start again"
+            )
+
+    event.listen(engine, "do_connect", check)
+    event.listen(engine, "begin", check)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What tells a file from another of its name; None if there is none, or nothing in it."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    if status.st_size == 0:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _refuse_unreadable(file: Path, error: sqlite3.Error) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sweeps.errors import SpecError, SweepError, first_line
+from sweeps.errors import SpecError, SweepError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -586,7 +586,8 @@ def dashboard(
         server = make_dashboard(storage_url, host, port, writable=writable)
     except OSError as error:
         raise SweepError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
+            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port, "
+            "or an address of this machine for --host"
         ) from None
     with server:
         bound, port = server.server_address[:2]
@@ -638,7 +639,12 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _fail(f"cannot write{where} ({error.strerror}); free some space there", 1)
         if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
-            _fail(f"the database failed: {first_line(error)}", 1)
+            from storage.retries import reason
+
+            if "RpcError" in names:  # the server has said what to do
+                _fail(f"the database failed: {reason(error)}", 1)
+            advice = "check it or restore a copy, then run this again"
+            _fail(f"the database failed ({reason(error)}); {advice}", 1)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from socketserver import ThreadingMixIn
@@ -87,12 +89,34 @@ def make_dashboard(url: str, host: str, port: int, *, writable: bool) -> WSGISer
         assert application is not None
         return application(environ, start_response)
 
+    # Where optuna-dashboard logs what a request raised, with its stack.
+    logging.getLogger("optuna_dashboard._bottle_util").addFilter(_StoreFailures())
+
     class QuietHandler(WSGIRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             return
 
     application = both if writable else read_only(reading)
     return make_server(host, port, application, server_class=_Server, handler_class=QuietHandler)
+
+
+class _StoreFailures(logging.Filter):
+    """Says of a store that fails why it does, in one line, and not at every request again."""
+
+    _said = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from storage.errors import StorageError
+        from storage.retries import is_transient, reason
+
+        error = sys.exc_info()[1]
+        if isinstance(error, StorageError) or (error is not None and is_transient(error)):
+            said = f"sweep: {reason(error)}"
+            if said == self._said:
+                return False
+            self._said = record.msg = said
+            record.args = ()
+        return True
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -9,9 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from storage.retries import StopRequestedError, with_retries
+from storage.retries import StopRequestedError, reason, with_retries
 from storage.trials import Claim, LeaseLostError, TrialQueue
-from sweeps.errors import kind_and_line
 from sweeps.limits import Session
 from sweeps.stopping import StopRequest
 from sweeps.studies import StoredSweep
@@ -108,7 +107,7 @@ class Keeper:
                     self._sign(hold, beat_after=between_beats - between_signs)
                 except Exception as error:
                     if not isinstance(error, LeaseLostError | StopRequestedError):
-                        logger.error("cannot renew the lease: %s", kind_and_line(error))
+                        logger.error("cannot renew the lease: %s", reason(error))
                     hold.lost.set()
 
     def _sign(self, hold: _Hold, *, beat_after: float) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from storage.checkpoints import CheckpointStore, CheckpointWriter
 from sweeps.assembly import Assembly
 from sweeps.config import TrialConfig
+from sweeps.errors import kind_and_line
 from sweeps.process import return_freed_memory
 from sweeps.training.loop import EpochResult
 
@@ -104,7 +105,7 @@ class Objective:
             if checkpoints is None
             else checkpoints.writer(key, every=CHECKPOINT_SECONDS, may_replace=may_replace)
         ) as writer:
-            return self._train(config, seeds, test, on_epoch, should_stop, state, writer)
+            return self._train(config, seeds, test, on_epoch, should_stop, state, writer, key)
 
     def _train(
         self,
@@ -115,6 +116,7 @@ class Objective:
         should_stop: Callable[[], bool],
         state: dict[str, Any],
         writer: CheckpointWriter | None,
+        key: str,
     ) -> float:
         finished: list[list[EpochResult]] = [
             [EpochResult(**r) for r in history] for history in state["finished"]
@@ -126,7 +128,13 @@ class Objective:
         for index in range(len(finished), seeds):
             training = self._assembly.training(config, config.seed + index, should_stop)
             if state["training"] is not None:
-                training.load_state_dict(state["training"])
+                try:
+                    training.load_state_dict(state["training"])
+                except Exception as error:
+                    if not _is_misfit(error):
+                        raise
+                    logger.warning(_MISFIT, key, kind_and_line(error))
+                    training = self._assembly.training(config, config.seed + index, should_stop)
                 state["training"] = None
             before = json.dumps([[vars(r) for r in history] for history in finished])
             lines: list[str] = []
@@ -208,14 +216,35 @@ class Objective:
         state = checkpoints.load(key) if checkpoints is not None else None
         if state is None:
             return fresh
-        state = _parsed(state)
-        # An earlier version did not know all settings; it trained as their defaults do.
-        of = {**TrialConfig.build({}).as_dict(), **state.get("config", {})}
+        try:
+            state = _parsed(state)
+            # An earlier version did not know all settings; it trained as their defaults do.
+            of = {**TrialConfig.build({}).as_dict(), **state.get("config", {})}
+            running = [] if state["training"] is None else [state["training"]["history"]]
+            for history in (*state["finished"], *running):
+                for result in history:
+                    EpochResult(**result)
+        except Exception as error:
+            if not _is_misfit(error):
+                raise
+            logger.warning(_MISFIT, key, kind_and_line(error))
+            return fresh
         here = (config.as_dict(), self._assembly.dataset.fingerprint)
         if (of, state.get("data_fingerprint")) != here:
             logger.warning("the checkpoint of %s is of other settings; starting anew", key)
             return fresh
         return state
+
+
+_MISFIT = "the checkpoint of %s does not fit, as of another version of sweep (%s); starting anew"
+
+
+def _is_misfit(error: Exception) -> bool:
+    """Whether a checkpoint lacks or has what a state of this version does not, or has it in another
+    shape. A device that fails meanwhile raises errors of other kinds."""
+    if type(error) is RuntimeError:  # PyTorch's, of a state that is not the module's or tensor's
+        return any(word in str(error) for word in ("state_dict", "size of tensor", "shape"))
+    return isinstance(error, AttributeError | IndexError | KeyError | TypeError | ValueError)
 
 
 def _parsed(state: dict[str, Any]) -> dict[str, Any]:

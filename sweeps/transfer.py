@@ -67,6 +67,9 @@ def export_sweep(name: str, path: Path, storage_url: str, *, overwrite: bool) ->
     refuse_database(path, storage_url)
     if path.is_dir():
         raise SweepError(f"{path} is a folder; name a file in it, such as {path / name}.sweep")
+    if path.exists() and not path.is_file():
+        # A rename would put the file in the place of a device or a pipe that others use.
+        raise SweepError(f"{path} is a device or a pipe; name a file")
     if not overwrite and path.exists():
         raise archive.exists_already(path)
     store = open_storage(storage_url, read_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import sqlite3
 import subprocess
@@ -492,6 +493,19 @@ def test_the_command_says_what_it_did_and_refuses_in_one_line(
     assert "imported 1 study, 3 trials, 0 checkpoints" in out
     assert "Hyperband" in err
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_force_replaces_files_alone(tmp_path: Path, two: tuple[str, str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file")
+    for overwrite in (False, True):
+        with pytest.raises(SweepError, match="pipe is a device or a pipe; name a file"):
+            export_sweep("tiny", tmp_path / "pipe", two[0], overwrite=overwrite)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "file").write_text("old")
+    export_sweep("tiny", tmp_path / "link", two[0], overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert zipfile.is_zipfile(tmp_path / "file")
 
 
 def test_a_full_disk_leaves_no_file(tmp_path: Path, two: tuple[str, str]) -> None:

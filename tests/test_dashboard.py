@@ -219,6 +219,22 @@ def test_reading_waits_for_no_worker_that_writes(tmp_path: Path, writable: bool)
         writer.close()
 
 
+def test_a_store_that_has_gone_is_told_once_and_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known_sweep(tmp_path)
+    with served(url(tmp_path)) as address:
+        (tmp_path / "sweep.db").rename(tmp_path / "moved.db")
+        for _ in range(2):
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                get(f"{address}/api/studies")
+        (tmp_path / "moved.db").rename(tmp_path / "sweep.db")
+        assert len(study_details(address)) == 2
+    (line,) = [r.message for r in caplog.records if r.name.startswith("optuna_dashboard")]
+    assert line.startswith(f"sweep: {tmp_path / 'sweep.db'} was moved, removed, replaced or empt")
+    assert "\n" not in line
+
+
 def test_a_sweep_beside_a_busy_dashboard_loses_nothing_and_leaves_its_figures(
     tmp_path: Path,
 ) -> None:

@@ -591,6 +591,51 @@ def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_with(tmp_path: Pa
     assert run.completed_steps(made, checkpoints, "trial") == 0
 
 
+def without(state: dict[str, Any], name: str) -> None:
+    del state["training"][name]
+
+
+def with_another_measure(state: dict[str, Any], name: str) -> None:
+    history = json.loads(state["training"]["history"])
+    state["training"]["history"] = json.dumps([{**result, name: 1.0} for result in history])
+
+
+def with_other_weights(state: dict[str, Any], name: str) -> None:
+    state["training"]["algorithm"]["model"][name] = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (without, "algorithm"),
+        (without, "history"),
+        (with_another_measure, "new"),
+        (with_other_weights, "fc.bias"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_begun_anew(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, Any], str], None],
+    name: str,
+) -> None:
+    run, made = make_objective({})
+    checkpoints = CheckpointStore(tmp_path)
+    with pytest.raises(Stop):
+        run.run(made, seeds=1, on_epoch=stop_after(2), checkpoints=checkpoints, key="trial")
+    state = checkpoints.load("trial")
+    assert state is not None
+    change(state, name)
+    save_checkpoint(checkpoints, "trial", state)
+    steps: list[int] = []
+    value = run.run(
+        made, seeds=1, on_epoch=lambda p: steps.append(p.step), checkpoints=checkpoints, key="trial"
+    )
+    assert "the checkpoint of trial does not fit" in caplog.text
+    assert steps == list(range(1, made.epochs + 1))
+    assert value == run.run(made, seeds=1, on_epoch=lambda p: None)
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"lars_trust_coefficient": 0.02}, {"muon_lr_factor": 0.1}], ids=str
 )

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import multiprocessing
+import os
 import pickle
 import resource
 import shutil
@@ -143,17 +144,71 @@ def test_every_colour_mode_becomes_rgb(tree: Path, mode: str) -> None:
     assert load_images(tree).train_images.shape == (7, 3, 8, 8)
 
 
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_of_16_bit_greys_the_upper_byte_is_taken(tree: Path, ending: str) -> None:
+    greys = np.arange(0, 2**16, 2**10, dtype=np.uint16).reshape(8, 8)
+    (tree / "train" / "ant" / "1.png").unlink()
+    Image.fromarray(greys).save(tree / "train" / "ant" / f"1.{ending}")
+    for channel in load_images(tree).train_images[1].numpy():
+        np.testing.assert_array_equal(channel, greys // 256)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_greys_of_no_known_range_are_refused(tree: Path, dtype: type[np.number[Any]]) -> None:
+    Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tree / "train" / "ant" / "3.tif")
+    with pytest.raises(DataError, match=r"ant/3\.tif in .*32-bit numbers, accepted are 8 and 16"):
+        load_images(tree)
+
+
+def test_a_palette_with_transparency_keeps_its_colours(
+    tree: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    image = picture(0).quantize(256)
+    expected = np.asarray(image.convert("RGB"))
+    image.save(tree / "train" / "ant" / "1.png", transparency=bytes(range(256)))
+    found = load_images(tree).train_images[1]
+    np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), expected)
+    assert not recwarn.list
+
+
+def test_what_a_zip_holds_twice_counts_once(tree: Path, tmp_path: Path) -> None:
+    path = zipped(tree, tmp_path / "a.zip")
+    (tree / "train" / "ant" / "0.jpg").write_bytes((tree / "train" / "bee" / "0.jpg").read_bytes())
+    with (
+        zipfile.ZipFile(path, "a") as archive,
+        pytest.warns(UserWarning, match="Duplicate name"),
+    ):
+        archive.write(tree / "train" / "ant" / "0.jpg", "train/ant/0.jpg")
+    assert_equal(load_images(path), load_images(tree))
+
+
+def test_an_encrypted_zip_is_refused_before_anything_is_read(tree: Path, tmp_path: Path) -> None:
+    content = bytearray(zipped(tree, tmp_path / "a.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the flags of the first entry
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.zip is encrypted: give a \.zip without a password"):
+        load_images(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("place", ["train/ant/9.png", "pipe"])
+def test_a_pipe_is_not_waited_at(tree: Path, place: str) -> None:
+    os.mkfifo(tree / place)
+    with pytest.raises(DataError, match=f"{place} is neither a file nor a folder: remove it"):
+        load_images(tree / "pipe" if place == "pipe" else tree)
+
+
 def test_many_images_keep_their_order_across_threads(tmp_path: Path) -> None:
-    for part, count in (("train", 700), ("test", 1)):
-        (tmp_path / "many" / part / "only").mkdir(parents=True)
+    for part, count in (("train", 700), ("test", 2)):
         for i in range(count):
+            folder = tmp_path / "many" / part / ("first" if i < count / 2 else "second")
+            folder.mkdir(parents=True, exist_ok=True)
             pixel = Image.new("RGB", (1, 1), (i % 256, i // 256, 0))
-            pixel.save(tmp_path / "many" / part / "only" / f"{i:04}.png")
+            pixel.save(folder / f"{i:04}.png")
     lines: list[str] = []
     dataset = load_images(tmp_path / "many", image_size=1, progress=lines.append)
     red_green = dataset.train_images[:, :2, 0, 0].long()
     assert (red_green[:, 0] + 256 * red_green[:, 1]).tolist() == list(range(700))
-    assert lines[-2:] == ["decoded 700 of 700 training images", "decoded 1 of 1 test images"]
+    assert lines[-2:] == ["decoded 700 of 700 training images", "decoded 2 of 2 test images"]
 
 
 def remove(name: str) -> Callable[[Path], object]:
@@ -191,6 +246,10 @@ def truncate(tree: Path) -> None:
         (
             write("train/bee/notes.txt"),
             r"train/bee/notes\.txt in .* is not a readable image \(of no image format that Pil",
+        ),
+        (
+            lambda tree: [shutil.rmtree(tree / part / "ant") for part in ("train", "test")],
+            r"has images of one class alone, 'bee': there must be two or more",
         ),
         (truncate, r"test/ant/1\.png in .* is not a readable image"),
         (nest, r"holds the folder train/ant/deep.*right in the folder of their class"),
@@ -303,6 +362,16 @@ def test_a_broken_cache_file_is_replaced(
     lines.clear()
     assert_equal(load_images(tree, progress=lines.append), first)
     assert lines == []
+
+
+def test_a_cache_file_that_cannot_be_replaced_costs_only_time(tree: Path, cache_dir: Path) -> None:
+    expected = load_images(tree)
+    (kept,) = (cache_dir / "decoded").glob("*.pt")
+    kept.unlink()
+    (kept / "folder").mkdir(parents=True)
+    lines: list[str] = []
+    assert_equal(load_images(tree, progress=lines.append), expected)
+    assert any("cannot be written" in line for line in lines)
 
 
 def test_an_unwritable_cache_folder_costs_only_time(tree: Path, cache_dir: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,44 @@ def test_opening_again_keeps_this_process_locks(tmp_path: Path) -> None:
         assert (tmp_path / "sweep.db-wal").exists()
         assert len(watcher.get_all_trials(study._study_id)) == number + 1
         assert len(study.trials) == number + 1
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def move(file: Path) -> None:
+    file.rename(file.with_name("elsewhere.db"))
+
+
+def replace(file: Path) -> None:
+    file.with_name("empty").touch()
+    file.with_name("empty").replace(file)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("harm", [remove, move, replace, empty])
+def test_nobody_goes_on_in_a_file_that_has_gone(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    file = tmp_path / "a.db"
+    url = f"sqlite:///{file}"
+    storage = open_storage(url)
+    study_id = optuna.create_study(storage=storage)._study_id
+    queue = TrialQueue(storage, worker_id="w")
+    reader = open_storage(url, read_only=True)
+    assert len(reader.get_all_studies()) == 1
+    harm(file)
+    said = f"{file} was moved, removed, replaced or emptied while it was in use; put it back"
+    for operation in (lambda: queue.claim([(study_id, 1)]), reader.get_all_studies):
+        with pytest.raises(StorageError, match=re.escape(said)):
+            operation()
+    close_storage(storage, url)
+    assert file.exists() == (harm in (replace, empty))
+    if harm is move:
+        file.with_name("elsewhere.db").rename(file)
+        assert queue.claim([(study_id, 1)]) is not None
+        assert len(reader.get_all_trials(study_id)) == 1
