@@ -20,7 +20,7 @@ from sweeps.assembly import Assembly
 from sweeps.config import TrialConfig
 from sweeps.errors import kind_and_line
 from sweeps.process import return_freed_memory
-from sweeps.training.loop import EpochResult
+from sweeps.training.loop import EpochResult, Training
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +128,7 @@ class Objective:
         for index in range(len(finished), seeds):
             training = self._assembly.training(config, config.seed + index, should_stop)
             if state["training"] is not None:
-                try:
-                    training.load_state_dict(state["training"])
-                except Exception as error:
-                    if not _is_misfit(error):
-                        raise
-                    logger.warning(_MISFIT, key, kind_and_line(error))
+                if not _restored(training, state["training"], key):
                     training = self._assembly.training(config, config.seed + index, should_stop)
                 state["training"] = None
             before = json.dumps([[vars(r) for r in history] for history in finished])
@@ -199,14 +194,16 @@ class Objective:
 
         Returns:
             The training's seed, and the network on the assembly's device; None where the
-            checkpoint is missing, damaged, of other settings, or of a training under way.
+            checkpoint is missing, damaged, of other settings, of another version of sweep, or of a
+            training under way.
         """
         state = self._load(config, checkpoints, key)
         if state["training"] is None or len(state["training"]["history"]) < config.epochs:
             return None
         seed = config.seed + len(state["finished"])
         training = self._assembly.training(config, seed)
-        training.load_state_dict(state["training"])
+        if not _restored(training, state["training"], key):
+            return None
         return seed, training.global_model()
 
     def _load(
@@ -236,7 +233,19 @@ class Objective:
         return state
 
 
-_MISFIT = "the checkpoint of %s does not fit, as of another version of sweep (%s); starting anew"
+_MISFIT = "the checkpoint of %s does not fit, as of another version of sweep (%s); not used"
+
+
+def _restored(training: Training, state: dict[str, Any], key: str) -> bool:
+    """Set a fresh training to a checkpoint's state; False, and it is no good, if that misfits."""
+    try:
+        training.load_state_dict(state)
+    except Exception as error:
+        if not _is_misfit(error):
+            raise
+        logger.warning(_MISFIT, key, kind_and_line(error))
+        return False
+    return True
 
 
 def _is_misfit(error: Exception) -> bool:
