@@ -286,6 +286,28 @@ class Assembly:
             autocast_dtype=autocast_dtype(config, self.device),
         ).accuracy
 
+    def device_accuracies(
+        self, config: TrialConfig, class_correct: Sequence[int]
+    ) -> list[float | None]:
+        """What a trained network is worth to each device, whose images are of its own classes.
+
+        Args:
+            config: what it was trained by.
+            class_correct: as of `EpochResult`.
+
+        Returns:
+            Of each device the validation accuracies of the classes, 0 to 1, averaged with their
+            shares in its training images; None where no class of it has validation images.
+        """
+        prepared, num_classes = self.prepared(config), len(self.dataset.classes)
+        counts = np.bincount(prepared.val_labels.cpu().numpy(), minlength=num_classes)
+        accuracies = np.asarray(class_correct) / np.maximum(counts, 1)
+        shares = np.array(_class_counts(prepared, num_classes)) * (counts > 0)
+        return [
+            float(of_device @ accuracies / of_device.sum()) if of_device.any() else None
+            for of_device in shares
+        ]
+
     def _prepare_anew(self, config: TrialConfig) -> Prepared:
         source = self.dataset
         labels = source.train_labels.numpy()

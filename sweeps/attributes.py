@@ -12,6 +12,10 @@ REASON = "reason"
 SECONDS = "seconds"
 """User attribute: time that its finished attempt took."""
 
+WORST_DEVICE_ACCURACY = "worst_device_accuracy"
+"""User attribute: validation accuracy, 0 to 1, of a complete trial on the classes of that device
+where it is least, each with its share in the device's images; over several seeds, of the means."""
+
 LABEL = "label"
 """User attribute: which `[[try]]` it is, or which run of a confirmation."""
 

@@ -43,6 +43,8 @@ class Reporter:
         self._reported = trial._cached_frozen_trial.last_step or 0
         self._curves: dict[str, list[float]] = {}
         self.last_score: float | None = None
+        # Of each seed as of its latest epoch, by the steps before it.
+        self.class_correct: dict[int, list[int]] = {}
 
     def __call__(self, progress: Progress) -> None:
         """Take in an epoch.
@@ -62,6 +64,7 @@ class Reporter:
         }.items():
             self._curves.setdefault(name, []).append(float(f"{point:.6g}"))
         self.last_score = progress.score
+        self.class_correct[progress.step - result.epoch] = result.class_correct
         if progress.step < self._reported:
             return
         if progress.step > self._reported:

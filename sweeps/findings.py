@@ -216,6 +216,7 @@ def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
         if searched:
             sentence += f", at {describe_params(best.params)}"
         sentences = [sentence[0].upper() + sentence[1:] + "."]
+        sentences += _on_worst_device(study, best)
         sentences += _at_the_end(findings.spec, best)
         sentences += _confirmed(findings, study, best)
     for trial in study.status.trials:
@@ -223,6 +224,14 @@ def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
             sentences.append(_known(findings, study, trial))
             sentences += _confirmed(findings, study, trial)
     return sentences
+
+
+def _on_worst_device(study: StudyFindings, best: TrialStatus) -> list[str]:
+    """What a best trial is worth where it is worth least, if the devices' classes differ."""
+    worst = best.worst_device_accuracy
+    if worst is None or study.config.split in ("iid", "quantity"):
+        return []
+    return [f"On the classes of the device that it serves worst it has {worst:.4f}."]
 
 
 def _at_the_end(spec: SweepSpec, best: TrialStatus) -> list[str]:
@@ -364,7 +373,8 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
     """
     searched = list(dict.fromkeys(name for f in findings for name in f.status.searched))
     columns = [
-        "study", "number", "outcome", "label", *searched, "accuracy", "epochs", "seconds", "reason",
+        "study", "number", "outcome", "label", *searched, "accuracy",
+        "worst_device_accuracy", "epochs", "seconds", "reason",
     ]  # fmt: skip
     confirmed = any(f.status.confirmation for f in findings)
     columns += CONFIRMED_COLUMNS if confirmed else ()
@@ -381,6 +391,7 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
                     "label": trial.label,
                     **{name: _cell(params.get(name, "")) for name in searched},
                     "accuracy": trial.accuracy,
+                    "worst_device_accuracy": trial.worst_device_accuracy,
                     "epochs": trial.step,
                     "seconds": trial.seconds,
                     "reason": trial.reason,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,25 @@ class Objective:
     def chance(self) -> float:
         """The accuracy of a guess, 1 over the number of classes."""
         return 1 / len(self._assembly.dataset.classes)
+
+    def worst_device_accuracy(
+        self, config: TrialConfig, class_correct: Sequence[Sequence[int]]
+    ) -> float | None:
+        """The least of the devices' accuracies, 0 to 1, each a mean over seeds.
+
+        Args:
+            config: what was trained.
+            class_correct: of each seed, as of its last epoch; empty as of an earlier version.
+        """
+        if not all(class_correct):
+            return None
+        of_seeds = [self._assembly.device_accuracies(config, c) for c in class_correct]
+        means = [
+            sum(accuracies) / len(accuracies)
+            for of_device in zip(*of_seeds, strict=True)
+            if (accuracies := [a for a in of_device if a is not None])
+        ]
+        return min(means, default=None)
 
     def _progress(
         self,

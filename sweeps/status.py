@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeps.attributes import CURVES, LABEL, OUTCOME, REASON, SECONDS
+from sweeps.attributes import CURVES, LABEL, OUTCOME, REASON, SECONDS, WORST_DEVICE_ACCURACY
 from sweeps.carrying import CARRIED
 from sweeps.config import Value
 from sweeps.limits import spent, stops
@@ -45,6 +45,8 @@ class TrialStatus:
         images_per_second: of the latest epoch of a running trial, or None.
         worker: who runs it, or "".
         carried_from: which trial of another study had its configuration first, or "".
+        worst_device_accuracy: of a complete trial, validation accuracy on the classes of the device
+            where it is least (`sweeps.attributes`), or None.
     """
 
     number: int
@@ -58,6 +60,7 @@ class TrialStatus:
     images_per_second: float | None
     worker: str
     carried_from: str = ""
+    worst_device_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ def trial_reader(store: BaseStorage) -> OverviewReader:
 
     return OverviewReader(
         store,
-        user_attrs=(OUTCOME, LABEL, REASON, SECONDS, CARRIED),
+        user_attrs=(OUTCOME, LABEL, REASON, SECONDS, CARRIED, WORST_DEVICE_ACCURACY),
         running_attrs=(LEASE_ATTR, CURVES),
     )
 
@@ -265,4 +268,5 @@ def _trial_status(trial: TrialOverview) -> TrialStatus:
         images_per_second=speeds[-1],
         worker=lease.get("worker", ""),
         carried_from=attrs.get(CARRIED, ""),
+        worst_device_accuracy=attrs.get(WORST_DEVICE_ACCURACY),
     )

@@ -25,6 +25,7 @@ from sweeps.attributes import (
     PROVENANCE,
     REASON,
     SECONDS,
+    WORST_DEVICE_ACCURACY,
 )
 from sweeps.carrying import CARRIED
 from sweeps.edits import decisive_changes
@@ -134,6 +135,7 @@ _USER_ATTRS: dict[str, Callable[[Any], bool]] = {
     LABEL: lambda value: isinstance(value, str),
     CARRIED: lambda value: isinstance(value, str),
     SECONDS: _is_number,
+    WORST_DEVICE_ACCURACY: _is_number,
 }
 
 

@@ -37,6 +37,7 @@ from sweeps.attributes import (
     PROVENANCE,
     REASON,
     SECONDS,
+    WORST_DEVICE_ACCURACY,
 )
 from sweeps.config import TrialConfig, Value
 from sweeps.epochs import Pruned, Reporter
@@ -222,6 +223,9 @@ class Worker:
                 may_replace=lambda: keeper.may_hold(claim, lost),
             )
             state, attrs = TrialState.COMPLETE, {OUTCOME: "complete"}
+            worst = objective.worst_device_accuracy(config, [*reporter.class_correct.values()])
+            if worst is not None:
+                attrs[WORST_DEVICE_ACCURACY] = round(worst, 6)
         except Pruned:
             attrs = {OUTCOME: "pruned"}
         except Diverged as divergence:

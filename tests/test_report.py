@@ -136,15 +136,16 @@ def without_scripts(page: str) -> str:
 def test_results_csv_has_every_trial(tmp_path: Path) -> None:
     text = results_csv([findings(known_sweep(tmp_path))])
     assert text == (
-        "study,number,outcome,label,peak_lr,warmup_epochs,accuracy,epochs,seconds,reason\n"
-        "known/global_batch_size=128,0,complete,post,0.1,0.0,0.81,4,1.5,\n"
-        "known/global_batch_size=128,1,complete,,0.2,1.0,0.82,4,1.5,\n"
-        "known/global_batch_size=128,2,pruned,,0.01,3.0,0.2,2,1.5,\n"
-        "known/global_batch_size=128,3,diverged,,1.0,0.0,,0,1.5,boom\n"
-        "known/global_batch_size=512,0,diverged,post,0.1,0.0,0.3,1,1.5,exploded\n"
-        "known/global_batch_size=512,1,complete,,0.2,1.0,0.6,4,1.5,\n"
-        "known/global_batch_size=512,2,failed,,0.1,0.0,0.2,1,1.5,no memory\n"
-        "known/global_batch_size=512,3,running,,0.3,2.0,0.3,2,,\n"
+        "study,number,outcome,label,peak_lr,warmup_epochs,accuracy,worst_device_accuracy,epochs,"
+        "seconds,reason\n"
+        "known/global_batch_size=128,0,complete,post,0.1,0.0,0.81,,4,1.5,\n"
+        "known/global_batch_size=128,1,complete,,0.2,1.0,0.82,,4,1.5,\n"
+        "known/global_batch_size=128,2,pruned,,0.01,3.0,0.2,,2,1.5,\n"
+        "known/global_batch_size=128,3,diverged,,1.0,0.0,,,0,1.5,boom\n"
+        "known/global_batch_size=512,0,diverged,post,0.1,0.0,0.3,,1,1.5,exploded\n"
+        "known/global_batch_size=512,1,complete,,0.2,1.0,0.6,,4,1.5,\n"
+        "known/global_batch_size=512,2,failed,,0.1,0.0,0.2,,1,1.5,no memory\n"
+        "known/global_batch_size=512,3,running,,0.3,2.0,0.3,,2,,\n"
     )
 
 

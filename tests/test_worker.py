@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import begin, environment, make_spec, make_worker, trials, url, wait_until
+from helpers import TRAIN, begin, environment, make_spec, make_worker, trials, url, wait_until
 from optuna.trial import TrialState
 
 from storage.checkpoints import CheckpointStore
@@ -21,7 +21,7 @@ from storage.leases import LEASE_ATTR
 from storage.trials import Claim, TrialQueue
 from sweeps import worker as worker_module
 from sweeps.assembly import Assembly, open_dataset
-from sweeps.attributes import CURVES, PROVENANCE
+from sweeps.attributes import CURVES, PROVENANCE, WORST_DEVICE_ACCURACY
 from sweeps.config import TrialConfig
 from sweeps.epochs import Reporter
 from sweeps.errors import SpecError, SweepError
@@ -175,6 +175,54 @@ def test_the_value_is_the_mean_over_seeds(tmp_path: Path) -> None:
         values[name] = trial.value
         assert len(trial.intermediate_values) == 3 * seeds
     assert values["both"] == pytest.approx((values["s0"] + values["s1"]) / 2)
+
+
+def test_a_trial_says_what_its_network_is_worth_to_the_device_that_it_serves_worst(
+    tmp_path: Path,
+) -> None:
+    train = {"split": "classes", "classes_per_device": 3, "assignment": "ring", "num_devices": 8}
+    spec = make_spec(train=train, budget={"trials": 1, "seeds": 2})
+    begin(tmp_path, spec)
+    make_worker(tmp_path).run()
+    (trial,) = trials(tmp_path)
+    config = spec.config({}, trial.params)
+    assembly = Assembly(open_dataset(config, None), torch.device("cpu"))
+    prepared = assembly.prepared(config)
+    of_seeds = []
+    for seed in (0, 1):
+        training = assembly.training(config, seed)
+        assert len(list(training.run())) == config.epochs
+        model = training.global_model().eval()
+        right: dict[int, list[bool]] = {}
+        for image, label in zip(
+            torch.cat([*prepared.val_images]), prepared.val_labels.tolist(), strict=True
+        ):
+            right.setdefault(label, []).append(model(image[None]).argmax().item() == label)
+        accuracies = {k: sum(hits) / len(hits) for k, hits in right.items()}
+        of_seeds.append(
+            [
+                sum(accuracies[k] for k in prepared.train_labels[shard].tolist()) / len(shard)
+                for shard in prepared.shards
+            ]
+        )
+    means = [sum(of_device) / 2 for of_device in zip(*of_seeds, strict=True)]
+    assert trial.user_attrs[WORST_DEVICE_ACCURACY] == pytest.approx(min(means), abs=1e-6)
+    assert min(means) < trial.value < max(means)
+    assert read_status(
+        open_storage(url(tmp_path)), stored_sweep(open_storage(url(tmp_path)), "tiny")
+    ).studies[0].trials[0].worst_device_accuracy == pytest.approx(min(means), abs=1e-6)
+
+
+def test_a_device_without_validation_images_has_no_accuracy() -> None:
+    train = {**TRAIN, "split": "classes", "classes_per_device": 2, "num_devices": 5}
+    config = TrialConfig.build(train)
+    assembly = Assembly(open_dataset(config, None), torch.device("cpu"))
+    prepared = assembly.prepared(config)
+    first = set(prepared.train_labels[prepared.shards[0]].tolist())
+    prepared.val_labels.apply_(lambda k: next(c for c in range(10) if c not in first))
+    found = assembly.device_accuracies(config, [0] * 10)
+    assert found[0] is None
+    assert 0.0 in found
 
 
 def test_a_diverged_trial_is_pruned_with_its_reason(tmp_path: Path) -> None:

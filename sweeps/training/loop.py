@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -65,6 +65,7 @@ class EpochResult:
         seconds: wall-clock time of the epoch, validation included.
         images_per_second: training images over the time that training took.
         logit_range: how far a logit lies apart between validation images, at most over classes.
+        class_correct: of each class, how many of its validation images are classified correctly.
     """
 
     epoch: int
@@ -75,7 +76,9 @@ class EpochResult:
     lr: float
     seconds: float
     images_per_second: float
-    logit_range: float = 0.0  # not in checkpoints of earlier versions
+    # Not in checkpoints of earlier versions.
+    logit_range: float = 0.0
+    class_correct: list[int] = field(default_factory=list)
 
 
 class Algorithm(Protocol):
@@ -205,21 +208,22 @@ class Training:
         self._raise_if_exploded(largest, epoch, update)
         train_loss = total.item() / images
         trained = time.perf_counter()
-        val_loss, val_accuracy, predicted_classes, logit_range = self._evaluate()
-        if not math.isfinite(val_loss):
+        scored = self._evaluate()
+        if not math.isfinite(scored.loss):
             raise Diverged(f"validation loss is not finite after update {update}", epoch)
-        self._schedule.end_epoch(first, val_accuracy)
+        self._schedule.end_epoch(first, scored.accuracy)
         finished = time.perf_counter()
         return EpochResult(
             epoch=epoch + 1,
             train_loss=train_loss,
-            val_loss=val_loss,
-            val_accuracy=val_accuracy,
-            predicted_classes=predicted_classes,
+            val_loss=scored.loss,
+            val_accuracy=scored.accuracy,
+            predicted_classes=scored.predicted_classes,
             lr=lr,
             seconds=finished - started,
             images_per_second=images / (trained - started),
-            logit_range=logit_range,
+            logit_range=scored.logit_range,
+            class_correct=list(scored.class_correct),
         )
 
     def _raise_if_exploded(self, largest: Tensor, epoch: int, update: int) -> None:
@@ -252,6 +256,7 @@ class Evaluation(NamedTuple):
     accuracy: float
     predicted_classes: int
     logit_range: float
+    class_correct: Sequence[int] = ()
 
 
 @torch.inference_mode()
@@ -272,7 +277,8 @@ def evaluate(
 
     Returns:
         Mean cross-entropy in nats, accuracy from 0 to 1, the number of classes that the
-        predictions name, and the widest range of a class's logit over the images.
+        predictions name, the widest range of a class's logit over the images, and of each class
+        how many of its images are classified correctly.
     """
     model.eval()
     with torch.autocast(
@@ -282,7 +288,9 @@ def evaluate(
     model.train()
     predictions = logits.argmax(1)
     loss = F.cross_entropy(logits, labels).item()
-    accuracy = (predictions == labels).double().mean().item()
+    right = predictions == labels
+    accuracy = right.double().mean().item()
     logit_range = (logits.amax(0) - logits.amin(0)).max().item()
     classes = int(torch.bincount(predictions).count_nonzero())
-    return Evaluation(loss, accuracy, classes, logit_range)
+    class_correct = torch.bincount(labels[right], minlength=logits.shape[1]).tolist()
+    return Evaluation(loss, accuracy, classes, logit_range, class_correct)
