@@ -255,10 +255,9 @@ def _at_the_end(spec: SweepSpec, study: StudyFindings, best: TrialStatus) -> lis
     cannot be moved, `choices` have no ends, and what the trial made no use of stands anywhere.
     """
     found = []
-    config = spec.config(study.status.cell, best.params)
+    settings = {**study.config.as_dict(), **best.params}
     for name, value in best.params.items() if not best.label else ():
-        setting_of, needed = USED_WITH.get(name, ("", ""))
-        if setting_of and getattr(config, setting_of) != needed:
+        if name in USED_WITH and settings[USED_WITH[name][0]] != USED_WITH[name][1]:
             continue
         end = spec.search[name].end_near(value, NEAR_END) if name in spec.search else None
         setting = TrialConfig.setting(name, "[search]")
