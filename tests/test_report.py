@@ -459,7 +459,10 @@ def test_the_images_that_score_a_trial_are_those_of_the_study(tmp_path: Path) ->
     add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], {"peak_lr": 0.1, "warmup_epochs": 1.0})
     (uncounted,) = findings(store).studies
     assert (uncounted.validation_images, uncounted.standard_error(0.5)) == (None, None)
+    (study,) = store.get_all_studies()
     create_or_resume(store, spec, ["0" * 64], scored=[100])
+    # No other spec came with the count, so its note is of no later version.
+    assert store.get_study_system_attrs(study._study_id) == study.system_attrs
     found = findings(store)
     (sentence,) = study_sentences(found, found.studies[0])
     assert "accuracy 0.5000 ± 0.0500," in sentence  # sqrt(0.5 * 0.5 / 100)
