@@ -116,14 +116,16 @@ def _write_all(
         if checkpoints.path(key).exists():
             assembly = _assembly(assemblies, config, data_dir)
             check_fingerprint(study.name, study.fingerprint, assembly.dataset.fingerprint)
-            weights = _weights(assembly, config, checkpoints, key)
+            weights = _weights(assembly, config, checkpoints, key, seeds=sweep.spec.budget.seeds)
         if weights is None:
             missing += 1
+            file = folder / f"{stem}.pt"
+            earlier = f"; {file}, of an earlier call, stays as it is" if file.exists() else ""
             warn(
                 f"{study.name} #{found.best.number}: no weights, as its last checkpoint is not in "
                 f"{checkpoints.root}: [budget] keep_checkpoints is "
                 f"{sweep.spec.budget.keep_checkpoints!r}, and each machine has those of its own "
-                "workers unless SWEEP_CHECKPOINT_DIR is shared"
+                f"workers unless SWEEP_CHECKPOINT_DIR is shared{earlier}"
             )
             continue
         whose = {
@@ -160,10 +162,10 @@ def _assembly(
 
 
 def _weights(
-    assembly: Assembly, config: TrialConfig, checkpoints: CheckpointStore, key: str
+    assembly: Assembly, config: TrialConfig, checkpoints: CheckpointStore, key: str, *, seeds: int
 ) -> dict[str, Any] | None:
     """What the file has beside whose it is; None without a checkpoint of the trial's end."""
-    trained = Objective(assembly).trained(config, checkpoints, key)
+    trained = Objective(assembly).trained(config, checkpoints, key, seeds=seeds)
     if trained is None:
         return None
     seed, model = trained

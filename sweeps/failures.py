@@ -13,7 +13,9 @@ def out_of_memory(error: Exception) -> bool:
     """Whether PyTorch or Python found no memory for the trial, on the GPU or beside it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # The latter within the error of `Module.load_state_dict`, which is of no kind of its own.
+    words = ("can't allocate memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def failure_kind(reason: str) -> str:

@@ -40,6 +40,20 @@ FEWEST_FOR_IMPORTANCE = 8
 NEAR_END = 0.05
 """A value is at an end of its range when so small a part of the range is beyond it."""
 
+USED_WITH: Mapping[str, tuple[str, Value]] = {
+    "lars_trust_coefficient": ("optimizer", "lars"),
+    "muon_lr_factor": ("optimizer", "muon"),
+    "muon_weight_decay": ("optimizer", "muon"),
+    "plateau_factor": ("schedule", "plateau"),
+    "plateau_patience": ("schedule", "plateau"),
+    "plateau_threshold": ("schedule", "plateau"),
+    "exponential_gamma": ("schedule", "exponential"),
+    "server_beta2": ("server_optimizer", "adam"),
+    "server_epsilon": ("server_optimizer", "adam"),
+    "classes_per_device": ("split", "classes"),
+}
+"""Settings that a training looks at only where another one has a certain value."""
+
 DRAWN_DIVERGED = 3
 """Curves of diverged trials that are kept for each study, those of a `[[try]]` first."""
 
@@ -217,7 +231,7 @@ def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
             sentence += f", at {describe_params(best.params)}"
         sentences = [sentence[0].upper() + sentence[1:] + "."]
         sentences += _on_worst_device(study, best)
-        sentences += _at_the_end(findings.spec, best)
+        sentences += _at_the_end(findings.spec, study, best)
         sentences += _confirmed(findings, study, best)
     for trial in study.status.trials:
         if trial.label and trial is not best:
@@ -234,14 +248,17 @@ def _on_worst_device(study: StudyFindings, best: TrialStatus) -> list[str]:
     return [f"On the classes of the device that it serves worst it has {worst:.4f}."]
 
 
-def _at_the_end(spec: SweepSpec, best: TrialStatus) -> list[str]:
+def _at_the_end(spec: SweepSpec, study: StudyFindings, best: TrialStatus) -> list[str]:
     """Which parameters of a best trial stand at an end of what is searched, if any do.
 
     A known configuration may stand there by intention, an end at which the setting itself ends
-    cannot be moved, and `choices` have no ends.
+    cannot be moved, `choices` have no ends, and what the trial made no use of stands anywhere.
     """
     found = []
+    settings = {**study.config.as_dict(), **best.params}
     for name, value in best.params.items() if not best.label else ():
+        if name in USED_WITH and settings[USED_WITH[name][0]] != USED_WITH[name][1]:
+            continue
         end = spec.search[name].end_near(value, NEAR_END) if name in spec.search else None
         setting = TrialConfig.setting(name, "[search]")
         if end is not None and end not in (setting.low, setting.high):

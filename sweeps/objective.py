@@ -204,22 +204,24 @@ class Objective:
         return len(state["finished"]) * config.epochs + running
 
     def trained(
-        self, config: TrialConfig, checkpoints: CheckpointStore, key: str
+        self, config: TrialConfig, checkpoints: CheckpointStore, key: str, *, seeds: int
     ) -> tuple[int, nn.Module] | None:
         """The network that a config's last training has ended with, as evaluation sees it.
 
         Args:
-            config, checkpoints, key: as of `run`.
+            config, checkpoints, key, seeds: as of `run`.
 
         Returns:
             The training's seed, and the network on the assembly's device; None where the
             checkpoint is missing, damaged, of other settings, of another version of sweep, or of a
-            training under way.
+            training under way, as one that another machine has ended.
         """
         state = self._load(config, checkpoints, key)
         if state["training"] is None or len(state["training"]["history"]) < config.epochs:
             return None
-        seed = config.seed + len(state["finished"])
+        if len(state["finished"]) != seeds - 1:
+            return None
+        seed = config.seed + seeds - 1
         training = self._assembly.training(config, seed)
         if not _restored(training, state["training"], key):
             return None
@@ -247,7 +249,7 @@ class Objective:
             return fresh
         here = (config.as_dict(), self._assembly.dataset.fingerprint)
         if (of, state.get("data_fingerprint")) != here:
-            logger.warning("the checkpoint of %s is of other settings; starting anew", key)
+            logger.warning("the checkpoint of %s is of other settings or images; not used", key)
             return fresh
         return state
 
@@ -269,8 +271,11 @@ def _restored(training: Training, state: dict[str, Any], key: str) -> bool:
 
 def _is_misfit(error: Exception) -> bool:
     """Whether a checkpoint lacks or has what a state of this version does not, or has it in another
-    shape. A device that fails meanwhile raises errors of other kinds."""
+    shape. A device that fails or is full meanwhile raises errors of other kinds or other words."""
     if type(error) is RuntimeError:  # PyTorch's, of a state that is not the module's or tensor's
+        # As which `Module.load_state_dict` raises whatever befalls the copy of a tensor that fits.
+        if "an exception occurred" in str(error):
+            return False
         return any(word in str(error) for word in ("state_dict", "size of tensor", "shape"))
     return isinstance(error, AttributeError | IndexError | KeyError | TypeError | ValueError)
 

@@ -23,7 +23,7 @@ from storage.retries import StopRequestedError, is_transient, patience, reason, 
 from storage.trials import TrialQueue
 from storage.urls import check_url, is_grpc, sqlite_path
 from sweeps import search
-from sweeps.confirmation import read_answer
+from sweeps.confirmation import SEED, read_answer
 from sweeps.edits import Edit
 from sweeps.errors import SweepError, plural
 from sweeps.launch import Place, ThisMachine, Workers, worker_command
@@ -378,9 +378,15 @@ def run_worker(
                     with_retries(lambda: stored_sweep(store, name))  # or there is none to join
                 width = plural(torch.get_num_threads(), "thread")
                 print_line(err, f"{name}: {options.worker_id} has joined, on {chosen}, {width}")
-            Worker(store, checkpoints, name, options, stop, None if err is None else on_end).run()
+            listener = None if err is None else on_end
+            worker = Worker(store, checkpoints, name, options, stop, listener)
+            worker.run()
             if err is not None:
-                why = "told to stop" if stop.is_set() else "nothing is left to run"
+                why = "nothing is left to run"
+                if worker.spent:
+                    why = f"the budget {worker.spent} is spent"
+                if stop.is_set():
+                    why = "told to stop"
                 print_line(err, f"{name}: {why}; {plural(len(ended), 'trial')} ended here")
         except Exception as error:
             if not is_transient(error):
@@ -535,10 +541,11 @@ def print_answer(
         "inspect": f"sweep dashboard {where}",
     }
     images = "" if data_dir is None else f" {shlex.join(['--data-dir', str(data_dir)])}"
+    found = any(study.best for study in status.studies)
     # Where the accuracy that picked the best is no measure of it, and nobody has taken one.
-    if status.done and not status.confirms and status.confirmation is None:
+    if found and status.done and status.confirmation is None and SEED not in status.studies[0].cell:
         lines["confirm"] = f"sweep confirm {status.name} {where}{images}"
-    if any(study.best for study in status.studies):
+    if found:
         lines["take along"] = f"sweep best {status.name} {where}{images}"
     if not status.done:
         lines = {"go on": again.replace(storage_url, shown_url(storage_url)), **lines}

@@ -55,15 +55,15 @@ class Range:
         """The end of a range that a value is near.
 
         Args:
-            value: within it.
+            value: of a trial, which may have been drawn from another range before an edit.
             share: how near: this part of the range, where it is `log` of its logarithm.
 
         Returns:
-            `low` or `high`; None far from both, and of choices.
+            `low` or `high`; None far from both or beyond them, and of choices.
         """
         if self.low is None or self.high is None or isinstance(value, str | bool):
             return None
-        if self.low == self.high:
+        if self.low == self.high or not self.low <= value <= self.high:
             return None
         low, at, high = (
             math.log(x) if self.log else float(x) for x in (self.low, value, self.high)

@@ -329,7 +329,8 @@ def _create_study(
         study.set_user_attr(key, value)
     for attempt in _missing_tries(store, spec, position, study._study_id)[0]:
         enqueue(store, study._study_id, dict(attempt.params), user_attrs={LABEL: attempt.label})
-    if renewed:
+    # Its versions tell whose spec is the later one where two stores are merged.
+    if renewed.keys() - {SCORED}:
         _save_note(store, study._study_id, _note(spec, cell))
     if READY not in attrs:
         on_test = spec.confirms or _validation(spec, cell) == "test"

@@ -105,6 +105,9 @@ class Worker:
         options: how to run.
         stop: set it to end after the running update.
         on_end: hears of each trial that has ended here: its study's name and what became of it.
+
+    Attributes:
+        spent: which budget of time or epochs it has found spent, as of `sweeps.limits.spent`.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Worker:
         self._options = options
         self._stop = stop
         self._on_end = on_end
+        self.spent = ""
         self._queue = TrialQueue(
             store, worker_id=options.worker_id, lease_seconds=options.lease_seconds
         )
@@ -178,7 +182,8 @@ class Worker:
         """Whether the sweep's time or epochs are used up."""
         session = self._session
         assert session is not None
-        if not with_retries(lambda: spent(self._store, sweep, session)):
+        self.spent = with_retries(lambda: spent(self._store, sweep, session))
+        if not self.spent:
             return False
         # Whoever starts or looks next sees what is recorded, and is to come to the same answer.
         with_retries(lambda: session.record(at_once=True))
@@ -222,8 +227,8 @@ class Worker:
                 key=key,
                 may_replace=lambda: keeper.may_hold(claim, lost),
             )
-            state, attrs = TrialState.COMPLETE, {OUTCOME: "complete"}
             worst = objective.worst_device_accuracy(config, [*reporter.class_correct.values()])
+            state, attrs = TrialState.COMPLETE, {OUTCOME: "complete"}
             if worst is not None:
                 attrs[WORST_DEVICE_ACCURACY] = round(worst, 6)
         except Pruned:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import begin, make_spec, make_worker, run, trials, url, write_spec
+from helpers import begin, make_spec, make_worker, run, save_checkpoint, trials, url, write_spec
 
 from data.batches import normalise
 from data.holdout import split_train
 from data.sources import load_dataset
 from models import build_model
+from storage.checkpoints import CheckpointStore
 from sweeps.best import write_best
 from sweeps.errors import SweepError
 from sweeps.specfiles import load
@@ -113,3 +114,20 @@ def test_a_sweep_without_a_best_trial_is_refused(
     with pytest.raises(SweepError, match="no trial has completed yet"):
         written(tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_a_seed_before_the_last_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a trial was begun on this machine and ended on another."""
+    begin(tmp_path, make_spec(budget={"trials": 1, "seeds": 2}))
+    make_worker(tmp_path).run()
+    assert written(tmp_path, monkeypatch)[0] == 0
+    checkpoints = CheckpointStore(tmp_path / "checkpoints")
+    state = checkpoints.load("tiny/0")
+    assert state is not None
+    save_checkpoint(checkpoints, "tiny/0", {**state, "finished": "[]"})
+    code, said, (line,), folder = written(tmp_path, monkeypatch)
+    assert (code, said) == (1, [str(folder / "tiny.toml")])
+    assert line.startswith("tiny #0: no weights")
+    assert line.endswith(f"; {folder / 'tiny.pt'}, of an earlier call, stays as it is")

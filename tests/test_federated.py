@@ -118,11 +118,12 @@ def test_batch_normalization_keeps_each_devices_statistics(norm: str, name: str)
     assert_equal_weights(algorithm.global_model(), slow_reference(norm, batches, LOCAL, rules)[0])
 
 
+@pytest.mark.parametrize("large", ["LARGE_MAPS", "LARGE_PRODUCTS"])
 @pytest.mark.parametrize(
     ("norm", "partial"), [("batch", False), ("batch", True), ("group", False), ("fixup", False)]
 )
 def test_large_steps_take_the_devices_one_by_one(
-    norm: str, partial: bool, monkeypatch: pytest.MonkeyPatch
+    norm: str, partial: bool, large: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same numbers, and so does the map over devices that users' networks go through."""
     rules = replace(RULES["all at once"], local_steps=3)
@@ -130,11 +131,16 @@ def test_large_steps_take_the_devices_one_by_one(
     all_devices = ALL if partial else D
     stacked, single = (make_algorithm(norm, LOCAL, rules, all_devices) for _ in range(2))
     mapped = make_algorithm(norm, LOCAL, rules, all_devices, stacked=False)
+    passes: list[int] = []
+    single._model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     for u, batch in enumerate(batches):
-        monkeypatch.setattr(federated, "LARGE_MAPS", 10**9)
+        monkeypatch.setattr(federated, large, 10**9)
         losses = [way.round(batch, learning_rate(u)) for way in (stacked, mapped)]
-        monkeypatch.setattr(federated, "LARGE_MAPS", 0)
+        monkeypatch.setattr(federated, large, 0)
+        passes.clear()
         wanted = single.round(batch, learning_rate(u))
+        taking_part = single._devices_per_round
+        assert passes.count(len(batch.labels) // taking_part) == taking_part
         for loss in losses:
             torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=1e-10)
     for name, value in single.global_model().state_dict().items():

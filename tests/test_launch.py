@@ -289,8 +289,9 @@ def large(*, norm_layer, num_classes, in_channels, image_size):
     [
         'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")',
         'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")',
+        "RuntimeError(\"loading state_dict: an exception occurred: ('CUDA out of memory.',)\")",
     ],
-    ids=["PyTorch", "cuBLAS"],
+    ids=["PyTorch", "cuBLAS", "a checkpoint"],
 )
 def test_a_trial_that_does_not_fit_its_part_is_run_by_fewer_workers_not_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str

@@ -636,6 +636,28 @@ def test_a_checkpoint_that_does_not_fit_is_begun_anew(
     assert value == run.run(made, seeds=1, on_epoch=lambda p: None)
 
 
+class Unwritable(Assembly):
+    """Its networks have a bias that PyTorch refuses to write to, as it does where memory ends."""
+
+    def model(self, config: TrialConfig, seed: int) -> nn.Module:
+        model = super().model(config, seed)
+        with torch.inference_mode():
+            model.get_submodule("fc").bias = nn.Parameter(torch.zeros(10))
+        return model
+
+
+def test_a_checkpoint_that_fits_and_cannot_be_loaded_is_kept(tmp_path: Path) -> None:
+    run, made = make_objective({})
+    checkpoints = CheckpointStore(tmp_path)
+    with pytest.raises(Stop):
+        run.run(made, seeds=1, on_epoch=stop_after(2), checkpoints=checkpoints, key="trial")
+    before = checkpoints.path("trial").read_bytes()
+    unwritable = Objective(Unwritable(open_dataset(made, None), torch.device("cpu")))
+    with pytest.raises(RuntimeError, match="an exception occurred"):
+        unwritable.run(made, seeds=1, on_epoch=stop_after(1), checkpoints=checkpoints, key="trial")
+    assert checkpoints.path("trial").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"lars_trust_coefficient": 0.02}, {"muon_lr_factor": 0.1}], ids=str
 )

@@ -83,6 +83,11 @@ def test_a_wall_clock_budget_that_ends_the_workers_is_spent_for_everybody(tmp_pa
     assert done.returncode == 0, done.stderr
     assert "the budget hours = 1e-06 is spent, with 3 trials not finished" in done.stdout
     assert "before the budget was met" not in done.stderr
+    joined = run("worker", "tiny", cwd=tmp_path)
+    assert joined.returncode == 0
+    last = joined.stderr.splitlines()[-1]
+    assert last == "tiny: the budget hours = 1e-06 is spent; 0 trials ended here"
+    assert "confirm:" not in done.stdout  # there is no best trial
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=8))

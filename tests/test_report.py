@@ -459,7 +459,10 @@ def test_the_images_that_score_a_trial_are_those_of_the_study(tmp_path: Path) ->
     add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], {"peak_lr": 0.1, "warmup_epochs": 1.0})
     (uncounted,) = findings(store).studies
     assert (uncounted.validation_images, uncounted.standard_error(0.5)) == (None, None)
+    (study,) = store.get_all_studies()
     create_or_resume(store, spec, ["0" * 64], scored=[100])
+    # No other spec came with the count, so its note is of no later version.
+    assert store.get_study_system_attrs(study._study_id) == study.system_attrs
     found = findings(store)
     (sentence,) = study_sentences(found, found.studies[0])
     assert "accuracy 0.5000 ± 0.0500," in sentence  # sqrt(0.5 * 0.5 / 100)
@@ -487,6 +490,33 @@ def test_a_best_trial_at_the_end_of_a_range_is_said_to_be_there(
     found = findings(store)
     _, *rest = study_sentences(found, found.studies[0])
     assert rest == ([said] if said else [])
+
+
+def test_a_best_trial_beyond_a_range_that_was_narrowed_is_not_at_its_end(tmp_path: Path) -> None:
+    wide = known_spec(each={}, train={"global_batch_size": 128})
+    store = create(tmp_path, wide)
+    params = {"peak_lr": 0.9, "warmup_epochs": 1.0}
+    add(store, wide, 0, "complete", [0.1, 0.2, 0.3, 0.5], params)
+    narrow = {**SPACE, "peak_lr": {"low": 0.01, "high": 0.5, "log": True}}
+    create(tmp_path, known_spec(each={}, train={"global_batch_size": 128}, search=narrow))
+    found = findings(store)
+    assert found.spec.search["peak_lr"].high == 0.5
+    assert len(study_sentences(found, found.studies[0])) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_what_a_best_trial_made_no_use_of_is_at_no_end(tmp_path: Path, optimizer: str) -> None:
+    search = {
+        "optimizer": {"choices": ["sgd", "muon"]},
+        "muon_lr_factor": {"low": 0.2, "high": 5.0, "log": True},
+    }
+    spec = known_spec(each={}, train={"global_batch_size": 128}, search=search)
+    store = create(tmp_path, spec)
+    params = {"optimizer": optimizer, "muon_lr_factor": 4.9}
+    add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], params)
+    found = findings(store)
+    told = "muon_lr_factor stands at the end" in " ".join(study_sentences(found, found.studies[0]))
+    assert told == (optimizer == "muon")
 
 
 def test_the_sizes_of_the_data_sets_are_theirs() -> None:

@@ -121,9 +121,9 @@ class FederatedAveraging:
     The copies are stacked: for each parameter of the model a tensor `[m, ...]`, with m = D where
     all devices take part in every round. One forward pass of all m, side by side or, where each is
     large, one after the other, and one backward pass give every device the gradient of its own
-    loss; since SGD works element by element, one optimizer on the stacked tensors is m separate
-    ones. What the D devices remember from one turn to the next, control variates and running
-    statistics, is `[D, ...]`.
+    loss; since SGD works element by element, and Muon network by network, one optimizer on the
+    stacked tensors is m separate ones. What the D devices remember from one turn to the next,
+    control variates and running statistics, is `[D, ...]`.
 
     `round` is one local step of the participants; every H-th ends with an average. The model
     given lends its structure and keeps the buffers; its parameters are only those that
@@ -132,7 +132,7 @@ class FederatedAveraging:
     Args:
         model: called as `model(images, blocks)`; its weights are where all devices start.
         groups: its parameters, as for `SynchronousSGD`.
-        settings: of the local SGD.
+        settings: of the local steps.
         federated: of everything else.
         num_devices: D.
         devices_per_round: m, the devices that take part in a round; None is all.
@@ -239,7 +239,8 @@ class FederatedAveraging:
             batch: the participants' local batches, equally large. Where m < D its one block
                 names them; they are the same m devices in all H steps from one average to the
                 next.
-            lr: learning rate of the local SGD.
+            lr: learning rate of the local steps; under Muon of the classifier's, of which the
+                others have their share.
 
         Returns:
             The cross-entropy of the images averaged over participants, a 0-d tensor on the
