@@ -60,7 +60,12 @@ class ControlVariates:
 
     @torch.no_grad()
     def update(self, participants: Tensor, local_steps: int) -> None:
-        """Set the participants' c_d to the round's mean gradients, and c to the mean of all c_d."""
+        """Set the participants' c_d to the round's mean gradients, and c to the mean of all c_d.
+
+        Args:
+            participants: their numbers, int64 `[m]`.
+            local_steps: H, how many gradients `correct_` has taken in of each.
+        """
         for name, total in self.state["sum"].items():
             variates = self.state["device"][name]
             variates.index_copy_(0, participants, total / local_steps)

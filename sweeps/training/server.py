@@ -63,7 +63,11 @@ class Server:
 
     @torch.no_grad()
     def step(self, means: Mapping[str, Tensor]) -> None:
-        """Make new weights of the devices' average, by name."""
+        """Make new weights of the devices' average.
+
+        Args:
+            means: Σ_{d∈S} w_d·y_d by name, each shaped and typed as its weights.
+        """
         for name, x in self.weights.items():
             mean = means[name]
             if self._adaptive:
