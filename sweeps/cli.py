@@ -369,6 +369,19 @@ def import_(
     typer.echo(import_sweep(file, storage_url, merge=merge, rename=name, say=say))
 
 
+@app.command(rich_help_panel="Move")
+def delete(
+    sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    storage_url: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Remove a sweep, its confirmation and their checkpoints, for good."""
+    from sweeps.delete import delete_sweep
+
+    _quiet_libraries()
+    raise typer.Exit(delete_sweep(sweep, storage_url, yes=yes, err=_stderr()))
+
+
 @app.command(rich_help_panel="Run")
 def serve(
     storage_url: Storage = DEFAULT_STORAGE,

@@ -139,9 +139,7 @@ def stored_sweep(
     parts = _parts(store)
     found = parts.get(name, {})
     if not _is_whole(found):
-        names = [other for other, its in parts.items() if _is_whole(its)]
-        hint = nearest(name, names) if names else "it holds none; sweep start begins one"
-        raise SweepError(f"the store has no sweep {name!r}; {hint}")
+        raise unknown_sweep(name, [other for other, its in parts.items() if _is_whole(its)])
     stored = found[0].user_attrs[SPEC]
     if before is not None and before.stored_spec == stored:
         spec = before.spec
@@ -162,6 +160,12 @@ def stored_sweep(
         for _, study in sorted(found.items())
     ]
     return StoredSweep(spec, studies, stored, found[0].system_attrs)
+
+
+def unknown_sweep(name: str, names: Sequence[str]) -> SweepError:
+    """The error of a name that the store does not have, with those that it has."""
+    hint = nearest(name, names) if names else "it holds none; sweep start begins one"
+    return SweepError(f"the store has no sweep {name!r}; {hint}")
 
 
 def _parts(store: BaseStorage) -> dict[str, dict[int, FrozenStudy]]:
