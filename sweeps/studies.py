@@ -140,6 +140,25 @@ def stored_sweep(
     found = parts.get(name, {})
     if not _is_whole(found):
         raise unknown_sweep(name, [other for other, its in parts.items() if _is_whole(its)])
+    return _stored(store, found, before)
+
+
+def stored_sweeps(store: BaseStorage) -> tuple[list[StoredSweep], dict[str, SpecError]]:
+    """The sweeps of a store; and of those that this version cannot read, by name, why."""
+    read: list[StoredSweep] = []
+    refused: dict[str, SpecError] = {}
+    for name, found in _parts(store).items():
+        if _is_whole(found):
+            try:
+                read.append(_stored(store, found))
+            except SpecError as error:
+                refused[name] = error
+    return read, refused
+
+
+def _stored(
+    store: BaseStorage, found: Mapping[int, FrozenStudy], before: StoredSweep | None = None
+) -> StoredSweep:
     stored = found[0].user_attrs[SPEC]
     if before is not None and before.stored_spec == stored:
         spec = before.spec
