@@ -19,7 +19,7 @@ import re
 import secrets
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,9 @@ _logger = logging.getLogger(__name__)
 
 # File systems allow 255 bytes; the temporary file's name is the longest.
 _MAX_STEM = 180
+
+_TEMPORARY = re.compile(r"\.(.*\.pt)\.[0-9a-f]{16}\.tmp", re.DOTALL)
+"""What a checkpoint of this name is written to before it is whole."""
 
 
 class CheckpointError(Exception):
@@ -181,6 +184,29 @@ class CheckpointStore:
         except OSError as error:
             raise _cannot("remove", path, error) from error
 
+    def delete_all(self, prefix: str, keys: Iterable[str] = ()) -> None:
+        """Remove all checkpoints whose keys begin with ``prefix``, and what killed saves left.
+
+        Args:
+            prefix: of the keys.
+            keys: some of them: of a very long one the file's name has not even the whole prefix.
+
+        Raises:
+            CheckpointError: a file cannot be removed. Those before it are.
+        """
+        start, names = _escaped(prefix), {_file_name(key) for key in keys}
+        try:
+            for entry in self._entries():
+                leftover = _TEMPORARY.fullmatch(entry.name)
+                name = leftover[1] if leftover else entry.name
+                if name in names or (name.endswith(".pt") and name.startswith(start)):
+                    self._clean.discard(name)
+                    Path(entry.path).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot remove checkpoints in {self.root} ({error.strerror or error})"
+            ) from error
+
     def disk_usage(self, prefix: str = "") -> tuple[int, int]:
         """Return how many checkpoints there are, and the bytes that they hold.
 
@@ -207,9 +233,9 @@ class CheckpointStore:
             return []
 
     def _remove_temporaries(self, name: str) -> None:
-        leftover = re.compile(re.escape(f".{name}.") + "[0-9a-f]{16}\\.tmp")
         for entry in self._entries():
-            if leftover.fullmatch(entry.name):
+            leftover = _TEMPORARY.fullmatch(entry.name)
+            if leftover and leftover[1] == name:
                 Path(entry.path).unlink(missing_ok=True)
 
     def _sync_folder(self) -> None:

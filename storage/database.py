@@ -100,6 +100,15 @@ class CachedDatabase(_CachedStorage):
         count = self._backend.count_trials(study_id) if state is None else 0
         return count or super().get_n_trials(study_id, state)
 
+    def forget(self, study_id: int) -> None:
+        """Drop what is kept of a study that was deleted: SQLite gives its ids to later ones."""
+        with self._lock:
+            study = self._studies.pop(study_id, None)
+            for number in study.trials if study is not None else ():
+                trial_id = self._study_id_and_number_to_trial_id.pop((study_id, number), None)
+                if trial_id is not None:
+                    self._trial_id_to_study_id_and_number.pop(trial_id, None)
+
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: Any
     ) -> None:

@@ -358,6 +358,11 @@ class RemoteTrialTable:
         """Raise the beat of the lease with that token."""
         return bool(self._call("beat", trial_id=trial_id, token=token))
 
+    def delete_studies(self, study_ids: Sequence[int]) -> list[tuple[int, int, str | None]]:
+        """As :func:`storage.deletion.delete_studies`."""
+        rows = self._call("delete_studies", study_ids=list(study_ids))
+        return [(study_id, number, lease) for study_id, number, lease in rows]
+
 
 def open_remote(url: str, *, read_only: bool) -> RemoteStorage:
     """Open the store that is served at ``grpc://HOST:PORT``.

@@ -28,6 +28,7 @@ from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna.trial import TrialState
 
+from storage.deletion import delete_studies
 from storage.engine import close_storage, exclusive, open_storage, sql_engine
 from storage.errors import StorageError
 from storage.overview import overview_rows
@@ -153,6 +154,7 @@ class _Claims:
             "read": self._read,
             "requeue": self._requeue,
             "finish": self._finish,
+            "delete_studies": functools.partial(delete_studies, self._storage),
             **{name: self._as_it_is(name) for name in _AS_IT_IS},
         }
         handlers = {

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from storage.archive_rows import NON_FINITE, OF_A_TRIAL, TRIAL_ID, Number, StudyRows, TrialRows
+from storage.leases import LEASE_ATTR
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -39,6 +40,10 @@ class StudyTables:
         self._user: Table = models.TrialUserAttributeModel.__table__
         self._system: Table = models.TrialSystemAttributeModel.__table__
         self._heartbeats: Table = models.TrialHeartbeatModel.__table__
+        self._of_trials = (
+            self._system, self._user, self._params, self._values, self._intermediate,
+            self._heartbeats,
+        )  # fmt: skip
         self._versions: Table = models.VersionInfoModel.__table__
         self._value_type = models.TrialValueModel.TrialValueType
         self._intermediate_type = models.TrialIntermediateValueModel.TrialIntermediateValueType
@@ -79,6 +84,35 @@ class StudyTables:
                 of_study.order_by(trials.trial_id),
             ):
                 connection.execute(query.with_for_update()).all()
+
+    def running(
+        self, connection: Connection, study_ids: Sequence[int]
+    ) -> list[tuple[int, int, str | None]]:
+        """The running trials of some studies: study, number, lease as stored."""
+        from optuna.trial import TrialState
+        from sqlalchemy import and_, select
+
+        trials, system = self._trials.c, self._system.c
+        is_lease = and_(system.trial_id == trials.trial_id, system.key == LEASE_ATTR)
+        query = (
+            select(trials.study_id, trials.number, system.value_json)
+            .select_from(self._trials.outerjoin(self._system, is_lease))
+            .where(trials.study_id.in_(study_ids), trials.state == TrialState.RUNNING)
+            .order_by(trials.study_id, trials.number)
+        )
+        return [(row[0], row[1], row[2]) for row in connection.execute(query)]
+
+    def delete(self, connection: Connection, study_ids: Sequence[int]) -> None:
+        """Delete all rows of some studies."""
+        from sqlalchemy import delete, select
+
+        of_studies = select(self._trials.c.trial_id).where(self._trials.c.study_id.in_(study_ids))
+        for table in self._of_trials:
+            connection.execute(delete(table).where(table.c.trial_id.in_(of_studies)))
+        for table in (
+            self._trials, self._study_system, self._study_user, self._directions, self._studies,
+        ):  # fmt: skip
+            connection.execute(delete(table).where(table.c.study_id.in_(study_ids)))
 
     def read(self, connection: Connection, study_id: int) -> StudyRows:
         """All rows of one study."""
@@ -247,10 +281,7 @@ class StudyTables:
         from optuna.trial import TrialState
         from sqlalchemy import delete, update
 
-        for table in (
-            self._system, self._user, self._params, self._values, self._intermediate,
-            self._heartbeats,
-        ):  # fmt: skip
+        for table in self._of_trials:
             connection.execute(delete(table).where(table.c.trial_id == trial_id))
         connection.execute(
             update(self._trials)

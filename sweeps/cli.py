@@ -369,6 +369,19 @@ def import_(
     typer.echo(import_sweep(file, storage_url, merge=merge, rename=name, say=say))
 
 
+@app.command(rich_help_panel="Move")
+def delete(
+    sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    storage_url: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Remove a sweep, its confirmation and their checkpoints, for good."""
+    from sweeps.delete import delete_sweep
+
+    _quiet_libraries()
+    raise typer.Exit(delete_sweep(sweep, storage_url, yes=yes, err=_stderr()))
+
+
 @app.command(rich_help_panel="Run")
 def serve(
     storage_url: Storage = DEFAULT_STORAGE,
@@ -383,21 +396,23 @@ def serve(
 
 @app.command("list", rich_help_panel="Look")
 def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
-    """List the presets, and the sweeps that the store holds."""
+    """List the presets, and the sweeps that the store holds, with how far they are."""
     from rich.table import Table
     from rich.text import Text
 
     from sweeps import specfiles
-    from sweeps.studies import shown_url, store_to_read, stored_names
+    from sweeps.listing import listed_table, read_listed
+    from sweeps.progress import print_line
+    from sweeps.studies import shown_url, store_to_read
 
     presets = {}
     for preset in specfiles.presets():
         presets[preset] = str(specfiles.read_table(preset)[0].get("question", ""))
     store = store_to_read(storage_url)
-    stored = stored_names(store) if store else []
+    stored = read_listed(store) if store else []
     if as_json:
         rows = [{"name": n, "question": q} for n, q in presets.items()]
-        _print_json({"presets": rows, "stored": [{"name": n} for n in stored]})
+        _print_json({"presets": rows, "stored": [sweep.as_dict() for sweep in stored]})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("preset", no_wrap=True)
@@ -408,8 +423,10 @@ def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None
     if stored:
         _stdout().print()
         _stdout().print(f"in {shown_url(storage_url)}", style="dim", markup=False, highlight=False)
-        for kept in stored:
-            _stdout().print(kept, markup=False, highlight=False)
+        _stdout().print(listed_table(stored))
+        for sweep in stored:
+            if sweep.error:
+                print_line(_stdout(), f"{sweep.name} cannot be read here: {sweep.error}")
 
 
 @app.command(rich_help_panel="Look")

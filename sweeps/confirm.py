@@ -406,7 +406,7 @@ def _stored_confirmation(store: BaseStorage, sweep: StoredSweep) -> StoredSweep 
     """What the store has under the confirmation's name; None if nothing, or not whole yet."""
     name = sweep.spec.name + CONFIRMATION
     elsewhere = (
-        f"remove it (sweep dashboard --writable), or confirm a copy: sweep export "
+        f"remove it (sweep delete {name}), or confirm a copy: sweep export "
         f"{sweep.spec.name} FILE, sweep import FILE --name NEW, sweep confirm NEW"
     )
     if name in stored_names(store):
@@ -438,6 +438,5 @@ def _refuse_other(stored: SweepSpec, wanted: SweepSpec) -> None:
         shown = "; ".join(f"{key}: confirmed {a!r}, now {b!r}" for key, (a, b) in changed.items())
         raise SweepError(
             f"{wanted.confirms} has other settings than when {wanted.name} was begun ({shown}), so "
-            f"what that holds does not confirm it; remove {wanted.name} (sweep dashboard "
-            "--writable) and confirm anew"
+            f"what that holds does not confirm it; sweep delete {wanted.name}, and confirm anew"
         )

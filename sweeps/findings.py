@@ -385,13 +385,16 @@ def ended_early(study: StudyFindings) -> Mapping[str, int]:
 def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, Any]]]:
     """Every trial of some sweeps, one row each, and the columns that they have.
 
-    A parameter is a column of its own; where there is a confirmation, four more say what it
-    found of each trial. The accuracy of a trial that did not complete is that of its last epoch.
+    A setting that is enumerated or searched is a column of its own; where there is a confirmation,
+    four more say what it found of each trial. The accuracy of a trial that did not complete is that
+    of its last epoch.
     """
-    searched = list(dict.fromkeys(name for f in findings for name in f.status.searched))
+    axes = [name for f in findings for study in f.studies for name in study.status.cell]
+    searched = [name for f in findings for name in f.status.searched]
+    settings = {name: _column(name) for name in (*axes, *searched)}
     columns = [
-        "study", "number", "outcome", "label", *searched, "accuracy",
-        "worst_device_accuracy", "epochs", "seconds", "reason",
+        "study", "number", "outcome", "label", *settings.values(), "accuracy",
+        "worst_device_accuracy", "epochs", "seconds", "reason", "carried_from",
     ]  # fmt: skip
     confirmed = any(f.status.confirmation for f in findings)
     columns += CONFIRMED_COLUMNS if confirmed else ()
@@ -399,25 +402,31 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
     found = [(f.status.confirmation, s.status) for f in findings for s in f.studies]
     for confirmation, study in found:
         for trial in study.trials:
-            params: Mapping[str, Value] = trial.params
+            values: Mapping[str, Value] = {**study.cell, **trial.params}
             rows.append(
                 {
                     "study": study.name,
                     "number": trial.number,
                     "outcome": trial.outcome,
                     "label": trial.label,
-                    **{name: _cell(params.get(name, "")) for name in searched},
+                    **{column: _cell(values.get(name, "")) for name, column in settings.items()},
                     "accuracy": trial.accuracy,
                     "worst_device_accuracy": trial.worst_device_accuracy,
                     "epochs": trial.step,
                     "seconds": trial.seconds,
                     "reason": trial.reason,
+                    "carried_from": trial.carried_from,
                     **(
                         confirmed_cells(confirmation, study.name, trial.number) if confirmed else {}
                     ),
                 }
             )
     return columns, rows
+
+
+def _column(setting: str) -> str:
+    """The column of a setting; `epochs` alone says what a trial has completed."""
+    return "each.epochs" if setting == "epochs" else setting
 
 
 def _cell(value: Value) -> Value:

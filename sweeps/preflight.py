@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from sweeps.planning.plan import Plan, count, outlines
 from sweeps.planning.sampling import sampling_dataset
 from sweeps.planning.shapes import shapes
 from sweeps.planning.words import DAY, plan_line
-from sweeps.progress import print_line
+from sweeps.progress import can_ask, print_line, says_yes
 from sweeps.spec import SweepSpec
 from sweeps.studies import store_to_read, stored_names, stored_sweep
 
@@ -242,7 +241,7 @@ def estimate(
     """
     began = time.perf_counter()
     need = Need(memory=checked.worker_bytes)
-    asked = err.is_terminal and sys.stdin.isatty()
+    asked = can_ask(err)
     try:
         store = store_to_read(storage_url)
     except StorageError:
@@ -281,15 +280,10 @@ def agreed(found: Plan, err: Console) -> bool:
     """Ask before a long run, where there is somebody to ask."""
     if found.seconds(pruning=True) <= DAY:
         return True
-    if not (err.is_terminal and sys.stdin.isatty()):
+    if not can_ask(err):
         return True
     print_line(err, plan_line(found))
-    err.print("start it? [y/N] ", end="", highlight=False, markup=False)
-    try:
-        answer = input()
-    except EOFError:
-        return False
-    return answer.strip().lower() in ("y", "yes")
+    return says_yes(err, "start it?")
 
 
 def device_named(name: str | None) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -21,6 +22,26 @@ from sweeps.status import OUTCOMES, SweepStatus, TrialStatus
 def print_line(console: Console, line: str) -> None:
     """Print a line as it is: nothing in it is Rich's markup, and a narrow terminal breaks none."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def can_ask(console: Console) -> bool:
+    """Whether somebody is there to answer a question."""
+    return console.is_terminal and sys.stdin.isatty()
+
+
+def says_yes(console: Console, question: str) -> bool:
+    """Ask on a terminal; whatever is not yes is no.
+
+    Args:
+        console: of the terminal.
+        question: without what may be answered.
+    """
+    console.print(f"{question} [y/N] ", end="", highlight=False, markup=False, soft_wrap=True)
+    try:
+        answer = input()
+    except EOFError:
+        return False
+    return answer.strip().lower() in ("y", "yes")
 
 
 class View(Protocol):

@@ -210,6 +210,22 @@ def confirmed_by(name: str) -> str:
     return confirmed
 
 
+def refuse_confirmations_name(name: str) -> None:
+    """Refuse to call a sweep of a user's own as `sweep confirm` calls what it writes.
+
+    Beside a sweep of the name without the ending it would be taken for its confirmation, and keep
+    that from being made.
+
+    Raises:
+        SpecError: if it is such a name.
+    """
+    if name.endswith(CONFIRMATION):
+        raise SpecError(
+            f"a sweep cannot be called {name!r}: names that end in {CONFIRMATION} are those of "
+            "what sweep confirm writes; choose another with --name"
+        )
+
+
 def _check_name(name: str) -> None:
     if not name or any(not (c.isalnum() or c in "-_.") for c in name):
         raise SpecError(

@@ -18,7 +18,7 @@ from typing import Any
 from sweeps.config import TrialConfig
 from sweeps.errors import SpecError, first_line, nearest
 from sweeps.sections import Budget, parse_each
-from sweeps.spec import SECTIONS, TEXTS, SweepSpec
+from sweeps.spec import SECTIONS, TEXTS, SweepSpec, refuse_confirmations_name
 
 
 def load(
@@ -33,7 +33,8 @@ def load(
         rename: call the sweep this instead.
 
     Raises:
-        SpecError: if there is no such sweep, or anything in it is wrong.
+        SpecError: if there is no such sweep, or anything in it is wrong, or it is called as a
+            confirmation is.
     """
     table, found = read_table(name)
     if quick:
@@ -50,7 +51,9 @@ def load(
         # A mistake in it shows now, not when somebody is in a hurry.
         load(name, quick=True)
     table.pop("quick", None)
-    return _overridden(table, overrides, found if rename is None else rename)
+    spec = _overridden(table, overrides, found if rename is None else rename)
+    refuse_confirmations_name(spec.name)
+    return spec
 
 
 def changed(spec: SweepSpec, overrides: Sequence[str] = (), rename: str | None = None) -> SweepSpec:
@@ -62,11 +65,16 @@ def changed(spec: SweepSpec, overrides: Sequence[str] = (), rename: str | None =
         rename: call the sweep this instead.
 
     Raises:
-        SpecError: if an override is wrong, or it is a confirmation, which nobody writes.
+        SpecError: if an override is wrong, or it is a confirmation, which nobody writes, or is
+            to be called as one.
     """
     table = copy.deepcopy(spec.as_dict())
     name = table.pop("name")
-    return _overridden(table, overrides, name if rename is None else rename)
+    if rename is None:
+        return _overridden(table, overrides, name)
+    renamed = _overridden(table, overrides, rename)
+    refuse_confirmations_name(renamed.name)
+    return renamed
 
 
 def read_table(name: str) -> tuple[dict[str, Any], str]:

@@ -139,9 +139,26 @@ def stored_sweep(
     parts = _parts(store)
     found = parts.get(name, {})
     if not _is_whole(found):
-        names = [other for other, its in parts.items() if _is_whole(its)]
-        hint = nearest(name, names) if names else "it holds none; sweep start begins one"
-        raise SweepError(f"the store has no sweep {name!r}; {hint}")
+        raise unknown_sweep(name, [other for other, its in parts.items() if _is_whole(its)])
+    return _stored(store, found, before)
+
+
+def stored_sweeps(store: BaseStorage) -> tuple[list[StoredSweep], dict[str, SpecError]]:
+    """The sweeps of a store; and of those that this version cannot read, by name, why."""
+    read: list[StoredSweep] = []
+    refused: dict[str, SpecError] = {}
+    for name, found in _parts(store).items():
+        if _is_whole(found):
+            try:
+                read.append(_stored(store, found))
+            except SpecError as error:
+                refused[name] = error
+    return read, refused
+
+
+def _stored(
+    store: BaseStorage, found: Mapping[int, FrozenStudy], before: StoredSweep | None = None
+) -> StoredSweep:
     stored = found[0].user_attrs[SPEC]
     if before is not None and before.stored_spec == stored:
         spec = before.spec
@@ -162,6 +179,12 @@ def stored_sweep(
         for _, study in sorted(found.items())
     ]
     return StoredSweep(spec, studies, stored, found[0].system_attrs)
+
+
+def unknown_sweep(name: str, names: Sequence[str]) -> SweepError:
+    """The error of a name that the store does not have, with those that it has."""
+    hint = nearest(name, names) if names else "it holds none; sweep start begins one"
+    return SweepError(f"the store has no sweep {name!r}; {hint}")
 
 
 def _parts(store: BaseStorage) -> dict[str, dict[int, FrozenStudy]]:

@@ -15,6 +15,7 @@ from sweeps import carrying
 from sweeps.attributes import LABEL
 from sweeps.edits import edits
 from sweeps.errors import SpecError
+from sweeps.findings import read_findings, trial_rows
 from sweeps.spec import SweepSpec
 from sweeps.status import read_status
 from sweeps.studies import stored_sweep
@@ -140,6 +141,9 @@ def test_the_first_trials_of_a_study_try_what_did_best_before_within_the_budget(
     status = read_status(store, stored_sweep(store, "tiny"))
     assert [study.finished for study in status.studies] == [10, 10]
     assert [trial.carried_from for trial in status.studies[1].trials[:3]] == [*marks[10:12], ""]
+    columns, rows = trial_rows([read_findings(store, stored_sweep(store, "tiny"))])
+    assert columns[-1] == "carried_from"
+    assert [row["carried_from"] for row in rows[10:13]] == [*marks[10:12], ""]
 
 
 def test_known_settings_come_first(tmp_path: Path) -> None:

@@ -249,6 +249,7 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["start", "tiny.toml", "--set", "num_groups=3"], 2, "num_groups"),
         (["start", "tiny.toml", "--workers", "0"], 2, "workers"),
         (["start", "tiny.toml", "--quick"], 2, "[quick]"),
+        (["start", "tiny.toml", "--name", "tiny-confirm"], 2, "what sweep confirm writes"),
         (["start", "tiny.toml", "--set", "dataset=images", "--data-dir", "nowhere"], 1, "nowhere"),
         (["start", "tiny.toml", "--storage", "runs.db"], 2, "sqlite:///"),
         (["status", "--storage", "mongo://host/name"], 2, "no driver for mongo"),

@@ -503,7 +503,9 @@ def test_what_cannot_be_confirmed_is_refused(tmp_path: Path) -> None:
     other = make_spec(train={"norm": None, "epochs": 5}, each={"norm": ["group", "layer"]})
     begin(tmp_path, other)
     complete(store, other, 0.1, 0.6)
-    with pytest.raises(SweepError, match=r"train.epochs: confirmed 3, now 5.*--writable"):
+    with pytest.raises(
+        SweepError, match=r"train.epochs: confirmed 3, now 5.*sweep delete tiny-confirm"
+    ):
         confirm(store)
 
 

@@ -3,12 +3,9 @@
 import dataclasses
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from helpers import Command, begin, command, environment, make_spec, run, trials
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
+from terminal import Terminal
 
 from data.dataset import made_dataset
 from data.errors import DataError
@@ -495,64 +493,6 @@ def test_start_says_how_long_it_will_take_and_learns_from_it(tmp_path: Path) -> 
 
 
 # The question
-
-
-class Terminal:
-    """A command on a pseudo-terminal of its own; use as a context."""
-
-    def __init__(self, *arguments: str, cwd: Path) -> None:
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command(*arguments),
-            cwd=cwd,
-            env=environment()
-            | {"SWEEP_CACHE_DIR": str(cwd / "cache"), "TERM": "xterm", "COLUMNS": "120"},
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-        )
-        os.close(slave)
-        self.output = ""
-        self._changed = threading.Condition()
-        self._ended = False
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> "Terminal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join(30)
-        os.close(self.master)
-
-    def wait_for(self, true: Callable[[str], Any]) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: true(self.output) or self._ended, 120)
-            assert true(self.output), self.output
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def end(self) -> int:
-        code = self.process.wait(120)
-        self._reader.join(30)
-        return code
-
-    def _read(self) -> None:
-        while True:
-            try:
-                read = os.read(self.master, 4096)
-            except OSError:  # the other end is closed
-                read = b""
-            with self._changed:
-                self.output += read.decode(errors="replace")
-                self._ended = not read
-                self._changed.notify_all()
-            if not read:
-                return
 
 
 def write_long(tmp_path: Path) -> None:

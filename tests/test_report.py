@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import make_spec, run, url
+from helpers import SEARCH, make_spec, run, url
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
@@ -136,17 +136,33 @@ def without_scripts(page: str) -> str:
 def test_results_csv_has_every_trial(tmp_path: Path) -> None:
     text = results_csv([findings(known_sweep(tmp_path))])
     assert text == (
-        "study,number,outcome,label,peak_lr,warmup_epochs,accuracy,worst_device_accuracy,epochs,"
-        "seconds,reason\n"
-        "known/global_batch_size=128,0,complete,post,0.1,0.0,0.81,,4,1.5,\n"
-        "known/global_batch_size=128,1,complete,,0.2,1.0,0.82,,4,1.5,\n"
-        "known/global_batch_size=128,2,pruned,,0.01,3.0,0.2,,2,1.5,\n"
-        "known/global_batch_size=128,3,diverged,,1.0,0.0,,,0,1.5,boom\n"
-        "known/global_batch_size=512,0,diverged,post,0.1,0.0,0.3,,1,1.5,exploded\n"
-        "known/global_batch_size=512,1,complete,,0.2,1.0,0.6,,4,1.5,\n"
-        "known/global_batch_size=512,2,failed,,0.1,0.0,0.2,,1,1.5,no memory\n"
-        "known/global_batch_size=512,3,running,,0.3,2.0,0.3,,2,,\n"
+        "study,number,outcome,label,global_batch_size,peak_lr,warmup_epochs,accuracy,"
+        "worst_device_accuracy,epochs,seconds,reason,carried_from\n"
+        "known/global_batch_size=128,0,complete,post,128,0.1,0.0,0.81,,4,1.5,,\n"
+        "known/global_batch_size=128,1,complete,,128,0.2,1.0,0.82,,4,1.5,,\n"
+        "known/global_batch_size=128,2,pruned,,128,0.01,3.0,0.2,,2,1.5,,\n"
+        "known/global_batch_size=128,3,diverged,,128,1.0,0.0,,,0,1.5,boom,\n"
+        "known/global_batch_size=512,0,diverged,post,512,0.1,0.0,0.3,,1,1.5,exploded,\n"
+        "known/global_batch_size=512,1,complete,,512,0.2,1.0,0.6,,4,1.5,,\n"
+        "known/global_batch_size=512,2,failed,,512,0.1,0.0,0.2,,1,1.5,no memory,\n"
+        "known/global_batch_size=512,3,running,,512,0.3,2.0,0.3,,2,,,\n"
     )
+
+
+def test_results_csv_has_what_each_sweep_enumerates(tmp_path: Path) -> None:
+    """One enumerates a setting that another searches; `epochs` is not what a trial completed."""
+    lr, train = {"peak_lr": 0.1}, {"epochs": None}
+    one = make_spec("one", each={"epochs": [1, 2], "nesterov": [True]}, train=train)
+    two = make_spec("two", search={**SEARCH, "nesterov": {"choices": [True, False]}})
+    for spec in (one, two):
+        store = create(tmp_path, spec)
+    add(store, one, 1, "pruned", [0.5], lr)
+    add(store, two, 0, "pruned", [0.3, 0.3], {**lr, "nesterov": False})
+    text = results_csv([findings(store, name) for name in ("one", "two")])
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert list(rows[0])[3:7] == ["label", "each.epochs", "nesterov", "peak_lr"]
+    told = [(row["each.epochs"], row["nesterov"], row["epochs"]) for row in rows]
+    assert told == [("2", "true", "1"), ("", "false", "2")]
 
 
 def test_table_md_is_the_answer(tmp_path: Path) -> None:

@@ -323,6 +323,23 @@ def test_what_is_no_sweep_is_explained(tmp_path: Path) -> None:
         specfiles.load(write(tmp_path / "mine.toml", SMALL), rename="")
 
 
+def test_a_sweep_is_not_called_as_a_confirmation_is(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine-confirm.toml", SMALL)
+    refused = "names that end in -confirm are those of what sweep confirm writes"
+    with pytest.raises(SpecError, match=refused):
+        specfiles.load(file)
+    with pytest.raises(SpecError, match=refused):
+        specfiles.load("fixup-largebatch", rename="mine-confirm")
+    mine = specfiles.load(file, rename="mine")
+    with pytest.raises(SpecError, match=refused):
+        specfiles.changed(mine, rename="mine-confirm")
+    # What another sweep starts from is not what is run, nor is one of old to be given up.
+    (tmp_path / "next.toml").write_text('extends = "mine-confirm.toml"')
+    assert specfiles.load(str(tmp_path / "next.toml")).search == mine.search
+    old = SweepSpec.from_dict({**mine.as_dict(), "name": "old-confirm"})
+    assert specfiles.changed(old, ["trials=50"]).budget.trials == 50
+
+
 def test_differences_name_dotted_keys() -> None:
     changed = build(train={**SMALL["train"], "epochs": 11}, budget={"trials": 6})
     assert edits.differences(build(), changed) == {
