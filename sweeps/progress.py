@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from rich.text import Text
 
 from sweeps.config import Value, written
 from sweeps.status import OUTCOMES, SweepStatus, TrialStatus
+
+SIGNAL_SECONDS = 0.2
+"""How often a question looks for signals while it waits for its answer."""
 
 
 def print_line(console: Console, line: str) -> None:
@@ -37,11 +41,10 @@ def says_yes(console: Console, question: str) -> bool:
         question: without what may be answered.
     """
     console.print(f"{question} [y/N] ", end="", highlight=False, markup=False, soft_wrap=True)
-    try:
-        answer = input()
-    except EOFError:
-        return False
-    return answer.strip().lower() in ("y", "yes")
+    # Not `input`: a signal that comes just before it blocks is not handled until it returns.
+    while not select.select([sys.stdin], [], [], SIGNAL_SECONDS)[0]:
+        pass
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 class View(Protocol):

@@ -432,11 +432,14 @@ def test_evaluation_is_exact_and_leaves_the_model_in_training_mode() -> None:
     model = nn.Linear(4, 3)
     images = torch.randn(7, 4)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    loss, accuracy, classes, logit_range = evaluate(model, [images[:5], images[5:]], labels)
+    scored = evaluate(model, [images[:5], images[5:]], labels)
+    loss, accuracy, classes, logit_range, class_correct = scored
     logits = model(images)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item())
     assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert classes == logits.argmax(1).unique().numel()
+    right = labels[logits.argmax(1) == labels].tolist()
+    assert class_correct == [right.count(k) for k in range(3)]
     assert logit_range == max((logits[:, c].max() - logits[:, c].min()).item() for c in range(3))
     assert model.training
 
