@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from storage.engine import close_storage, open_storage, own_url
 from sweeps.assembly import Assembly, dataset_identity, open_dataset
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SweepError
+from sweeps.files import replacing
 from sweeps.objective import Objective
 from sweeps.status import TrialStatus, read_status
 from sweeps.studies import StoredSweep, SweepStudy, check_fingerprint, stored_sweep
@@ -186,15 +186,11 @@ def _weights(
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name first, so that no reader meets half of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    """Write a file whole, or say why not."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     # PyTorch says RuntimeError of a disk that is full.
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__

@@ -13,9 +13,7 @@ import gzip
 import html
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
@@ -23,6 +21,7 @@ from pathlib import Path
 
 from sweeps.errors import SweepError
 from sweeps.figures import Figure
+from sweeps.files import replacing
 from sweeps.findings import (
     Findings,
     comparison_sentences,
@@ -69,31 +68,14 @@ def write_report(findings: Sequence[Findings], figures: Sequence[Figure], folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _replace(folder / name, text)
+            with replacing(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise SweepError(
             f"cannot write the report to {folder} ({reason}); name another folder with --out"
         ) from None
     return folder / PAGE
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under another name first, so that no reader meets half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:  # noqa: PTH123
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that nobody else may read.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # --- tables -------------------------------------------------------------------------------------

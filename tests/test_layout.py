@@ -28,6 +28,7 @@ ALLOWED = {
     "sweeps.footprint": {"sweeps.assembly", "sweeps.config", "sweeps.machine"},
     "sweeps.errors": set(),
     "sweeps.failures": set(),
+    "sweeps.files": set(),
     "sweeps.holding": {
         "storage", "sweeps.errors", "sweeps.limits", "sweeps.stopping", "sweeps.studies",
     },

@@ -195,6 +195,7 @@ class FederatedAveraging:
         )
         names = {p: name for name, p in model.named_parameters()}
         self._first_channels = next((p.shape[0] for p in names if p.ndim == 4), 1)
+        self._num_parameters = sum(p.numel() for p in names)
         self._classifier = {names[p] for p in classifier}
         stacked = {
             group: [self._local[names[p]] for p in parameters]
@@ -372,7 +373,7 @@ class FederatedAveraging:
     def _is_large(self, batch: DeviceBatch, per_device: int) -> bool:
         """Whether one device's part is work enough for a pass of its own."""
         first_maps = per_device * batch.images[0, 0].numel() * self._first_channels
-        products = per_device * sum(x.numel() for x in self._global.values())
+        products = per_device * self._num_parameters
         return first_maps > LARGE_MAPS or products > LARGE_PRODUCTS
 
     def _one_by_one(
