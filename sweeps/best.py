@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -107,10 +107,7 @@ def _write_all(
         # A name that `sweep start` takes from the file.
         stem = re.sub(r"[^\w.-]", "-", study.name)
         settings = _as_sweep(sweep, study, found.best, config)
-        _write(
-            folder / f"{stem}.toml",
-            functools.partial(Path.write_text, data=settings, encoding="utf-8"),
-        )
+        _write(folder / f"{stem}.toml", settings.encode())
         say(str(folder / f"{stem}.toml"))
         key = f"{study.name}/{found.best.number}"
         weights = None
@@ -135,7 +132,10 @@ def _write_all(
             "trial": found.best.number,
             "accuracy": found.best.accuracy,
         }
-        _write(folder / f"{stem}.pt", functools.partial(torch.save, {**whose, **weights}))
+        # Into memory first: PyTorch's error of a full disk does not say that it is full.
+        content = io.BytesIO()
+        torch.save({**whose, **weights}, content)
+        _write(folder / f"{stem}.pt", content.getvalue())
         say(str(folder / f"{stem}.pt"))
     return 1 if missing else 0
 
@@ -185,15 +185,13 @@ def _weights(
     }
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole, or say why not."""
+def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            write(temporary)
-    # PyTorch says RuntimeError of a disk that is full.
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
+            temporary.write_bytes(content)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
         raise SweepError(
             f"cannot write {path} ({reason}); name another folder with --out"
         ) from None
