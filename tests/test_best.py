@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import tomllib
 from pathlib import Path
 
@@ -131,3 +132,18 @@ def test_a_checkpoint_of_a_seed_before_the_last_is_not_taken(
     assert (code, said) == (1, [str(folder / "tiny.toml")])
     assert line.startswith("tiny #0: no weights")
     assert line.endswith(f"; {folder / 'tiny.pt'}, of an earlier call, stays as it is")
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path, make_spec(budget={"trials": 1}))
+    make_worker(tmp_path).run()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(SweepError, match=r"tiny\.pt \(File too large\); name another folder"):
+            written(tmp_path, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tiny.toml"]
