@@ -4,8 +4,8 @@ Optuna's own SQLite storage is not safe for that: its transactions start as read
 workers can both find a trial waiting and both run it, and processes that create the same new
 file crash each other. :func:`open_sqlite` creates a file under a lock beside it, turns on
 write-ahead logging, and starts every transaction of a worker as a writer (``BEGIN IMMEDIATE``),
-which makes each of Optuna's operations atomic. One machine owns a file at a time, on a local
-disk.
+which makes each of Optuna's operations atomic. One machine owns a file at a time
+(:mod:`storage.network_folder`), on a local disk at best.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 
 from storage.database import CachedDatabase, open_database
 from storage.errors import HELD, EmptyStorageError, StorageError
+from storage.network_folder import hold
 from storage.readers import READ_ONLY_OPTION, is_reading
 from storage.urls import check_file
 
@@ -47,6 +48,8 @@ def open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
         StorageError: as :func:`storage.engine.open_storage`.
     """
     check_file(file)
+    if file.parent.is_dir():
+        hold(file)
     lock_file = file.with_name(file.name + ".lock")
     try:
         with FileLock(lock_file, timeout=LOCK_TIMEOUT_SECONDS):
@@ -85,6 +88,7 @@ def open_sqlite_read_only(file: Path) -> BaseStorage:
         check_file(file)
         raise StorageError(f"{file} does not exist; check the path, or start a sweep there first")
     check_file(file)
+    hold(file)
     uri = f"file:{quote(str(file))}"
     try:
         with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as connection:
