@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_STORAGE = "sqlite:///sweep.db"
 
 AUTO: Any = "auto"
-"""As many workers as the place has use for; commands hand it on as None."""
+"""As many workers as the place has use for: -1 once parsed, which commands hand on as None."""
 
 
 class PictureFormat(StrEnum):
@@ -100,12 +100,22 @@ Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 def _parse_workers(text: str) -> int:
     if text == "auto":
-        return 0
-    if not text.isdecimal() or int(text) < 1:
+        return -1
+    if not text.isdecimal():
         raise typer.BadParameter(
             f"{text!r} is no number of workers; accepted: auto, 1, 2 and so on"
         )
     return int(text)
+
+
+def _parse_planned_workers(text: str) -> int:
+    if text.isdecimal() and int(text) == 0:
+        raise typer.BadParameter("none take forever; accepted: auto, 1, 2 and so on")
+    return _parse_workers(text)
+
+
+def _wanted(workers: int) -> int | None:
+    return None if workers < 0 else workers
 
 
 Workers = Annotated[
@@ -113,6 +123,16 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         parser=_parse_workers,
+        metavar="N",
+        help="Worker processes; auto is as many as cores, GPUs, memory and trials have use for; "
+        "0 leaves all to workers that join from elsewhere.",
+    ),
+]
+PlannedWorkers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        parser=_parse_planned_workers,
         metavar="N",
         help="Worker processes; auto is as many as cores, GPUs, memory and trials have use for.",
     ),
@@ -123,7 +143,8 @@ WorkersOfRuns = Annotated[
         "--workers",
         parser=_parse_workers,
         metavar="N",
-        help="Worker processes; auto is one a GPU; without GPUs, as cores, memory and runs allow.",
+        help="Worker processes; auto is one a GPU; without GPUs, as cores, memory and runs allow; "
+        "0 leaves all to workers that join from elsewhere.",
     ),
 ]
 On = Annotated[
@@ -175,13 +196,13 @@ def start(
     spec = _load(sweep, storage_url, quick, overrides, name)
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
-        _expect(place, spec, workers or None, storage_url, data_dir)
+        _expect(place, spec, _wanted(workers), storage_url, data_dir)
         # After the spec, so that a mistake in it shows before PyTorch has loaded.
         with _stderr().status("loading PyTorch and Optuna"):
             from sweeps.run import run_sweep
 
         code = run_sweep(
-            spec, storage_url, data_dir=data_dir, workers=workers or None, place=place,
+            spec, storage_url, data_dir=data_dir, workers=_wanted(workers), place=place,
             add_trials=add_trials or 0, again=shlex.join(again), yes=yes, out=_stdout(),
             err=_stderr(),
         )  # fmt: skip
@@ -212,7 +233,7 @@ def confirm(
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
         code = confirm_sweep(
-            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=workers or None,
+            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=_wanted(workers),
             place=place, again=shlex.join(again), out=_stdout(), err=_stderr(),
             print_json=_print_json if as_json else None,
         )  # fmt: skip
@@ -225,7 +246,7 @@ def plan(
     quick: Quick = False,
     overrides: Overrides = None,
     name: Name = None,
-    workers: Workers = AUTO,
+    workers: PlannedWorkers = AUTO,
     device: Annotated[
         str | None, typer.Option(help="PyTorch's name of the device. Default: a GPU if any.")
     ] = None,
@@ -249,7 +270,7 @@ def plan(
         from sweeps.progress import print_line
 
     planned = plan_sweep(
-        spec, storage_url, data_dir=data_dir, workers=workers or None, device=device,
+        spec, storage_url, data_dir=data_dir, workers=_wanted(workers), device=device,
         threads=threads, seconds=seconds, began=began, err=_stderr(),
     )  # fmt: skip
     if as_json:

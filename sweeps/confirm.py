@@ -39,6 +39,7 @@ from sweeps.preflight import load_data
 from sweeps.progress import print_line
 from sweeps.run import (
     done_code,
+    leave_to_others,
     place_of,
     print_answer,
     print_edits,
@@ -114,7 +115,7 @@ def confirm_sweep(
         top: how many of the best configurations of each study.
         seeds: runs of each configuration.
         data_dir: where the data set is, None for its usual place.
-        workers: how many processes, None for as many as suit the place.
+        workers: how many processes, None for as many as suit the place; with 0, others join.
         place: where they run.
         again: the command that goes on after an interruption.
         out: gets the answer.
@@ -161,6 +162,9 @@ def confirm_sweep(
     # A range that is wider than before follows from them, and is nobody's edit.
     kept = [edit for edit in changed if not edit.key.startswith("search.")]
     print_edits(kept, plan.spec.name, err)
+    if workers == 0:
+        said = out if print_json is None else err
+        return leave_to_others(plan.spec.name, store, storage_url, data_dir, said, err)
     code, status = run_to_end(
         plan.spec, store, storage_url, data_dir=data_dir, workers=workers, place=place,
         need=Need(memory=checked.worker_bytes), err=err,

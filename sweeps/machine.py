@@ -225,6 +225,8 @@ def expected_slots(workers: int | None, threads: int, trials: int) -> list[Slot]
 
     It asks nothing of PyTorch, which has not loaded yet.
     """
+    if workers == 0:
+        return []
     if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
         return []
     machine = Machine(cores(), free_memory())

@@ -75,7 +75,7 @@ def run_sweep(
         spec: what to run.
         storage_url: where the studies are or go.
         data_dir: where the data set is, None for its usual place.
-        workers: how many processes, None for as many as suit the place.
+        workers: how many processes, None for as many as suit the place; with 0, others join.
         place: where they run.
         add_trials: by how many the budget of each stored study grows.
         again: the command that goes on after an interruption.
@@ -100,7 +100,7 @@ def run_sweep(
     )
     checked = load_data(spec, data_dir, err)
     found = None
-    if isinstance(place, ThisMachine):
+    if isinstance(place, ThisMachine) and workers != 0:
         found = estimate(
             spec, storage_url, data_dir, workers, checked, add_trials, place.machine(), err
         )
@@ -124,6 +124,8 @@ def run_sweep(
     with patience(place_of(storage_url)):
         changed = with_retries(create)
     print_edits(changed, spec.name, err)
+    if workers == 0:
+        return leave_to_others(spec.name, store, storage_url, data_dir, out, err)
     code, status = run_to_end(
         spec, store, storage_url, data_dir=data_dir, workers=workers, place=place, found=found,
         need=found.need if found is not None else Need(memory=checked.worker_bytes), err=err,
@@ -200,6 +202,29 @@ def run_to_end(
     if status.done:
         return 0, status
     return 130 if status.stop_requests != requests_before else code, status
+
+
+def leave_to_others(
+    name: str,
+    store: BaseStorage,
+    storage_url: str,
+    data_dir: Path | None,
+    out: Console,
+    err: Console,
+) -> int:
+    """Say how workers join a sweep that has been created, and run none.
+
+    Returns:
+        The exit status.
+    """
+    status = with_retries(lambda: read_status(store, stored_sweep(store, name)))
+    close_storage(store, storage_url)
+    print_line(err, _opening(status, storage_url, 0))
+    where = shlex.join(["--storage", shown_url(storage_url)])
+    images = "" if data_dir is None else f" {shlex.join(['--data-dir', str(data_dir)])}"
+    print_line(out, f"join:       sweep worker {name} {where}{images}")
+    print_line(out, f"follow:     sweep status {name} --watch {where}")
+    return 0
 
 
 def _keep_figures(name: str, storage_url: str, err: Console) -> None:

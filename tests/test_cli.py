@@ -12,7 +12,8 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import command, environment, run, trials, write_spec
+from commands import command, environment, run
+from helpers import trials, write_spec
 from optuna.trial import TrialState
 
 from storage.leases import LEASE_ATTR
@@ -91,7 +92,7 @@ def test_a_sweep_from_start_to_answer(tmp_path: Path) -> None:
         assert set(study["best"]["params"]) == {"peak_lr"}
         assert study["best"]["accuracy"] > 0.05
         assert [t["label"] for t in study["tries"]] == ["known"]
-    again = run("start", spec, cwd=tmp_path)
+    again = run("start", spec, "--workers", "1", cwd=tmp_path)
     assert again.returncode == 0
     assert status(tmp_path) == found
     # Each command that the answer names is one that runs.
@@ -101,7 +102,7 @@ def test_a_sweep_from_start_to_answer(tmp_path: Path) -> None:
     for line in offered[:2]:
         assert run(*line, cwd=tmp_path).returncode == 0
     # A larger budget goes on, by exactly the difference.
-    more = run("start", spec, "--set", "trials=4", cwd=tmp_path)
+    more = run("start", spec, "--set", "trials=4", "--workers", "1", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     assert [s["counts"]["complete"] for s in status(tmp_path)["studies"]] == [4, 4]
 
@@ -204,6 +205,24 @@ def test_a_worker_may_join_from_elsewhere(tmp_path: Path) -> None:
     assert len({t.system_attrs[LEASE_ATTR]["worker"] for t in trials(tmp_path)}) == 2
 
 
+def test_a_sweep_may_be_left_to_workers_from_elsewhere(tmp_path: Path) -> None:
+    write_spec(tmp_path / "tiny.toml", budget={"trials": 1}, train={"epochs": 1})
+    created = run("start", "tiny.toml", "--workers", "0", cwd=tmp_path)
+    assert created.returncode == 0, created.stderr
+    assert "1 trial; 0 workers" in created.stderr
+    assert trials(tmp_path) == []
+    join, follow = (line.partition("sweep ")[2].split() for line in created.stdout.splitlines())
+    joined = run(*join, cwd=tmp_path)
+    assert joined.returncode == 0, joined.stderr
+    followed = run(*follow, cwd=tmp_path)
+    assert "1 of 1 trials" in followed.stdout
+    # Its confirmation, too.
+    created = run("confirm", "tiny", "--seeds", "2", "--workers", "0", cwd=tmp_path)
+    assert created.returncode == 0, created.stderr
+    assert created.stdout.startswith("join:       sweep worker tiny-confirm ")
+    assert {t.state for t in trials(tmp_path, "tiny-confirm")} == {TrialState.WAITING}
+
+
 def test_sigterm_to_a_worker_is_polite(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", **ENDLESS)
     with started(tmp_path, "tiny.toml", "--workers", "1") as process:
@@ -247,7 +266,8 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["start", "tiny.toml", "--set", "split=classes", "--set", "classes_per_device=3"], 2,
          "multiple"),
         (["start", "tiny.toml", "--set", "num_groups=3"], 2, "num_groups"),
-        (["start", "tiny.toml", "--workers", "0"], 2, "workers"),
+        (["start", "tiny.toml", "--workers", "two"], 2, "accepted: auto, 1, 2"),
+        (["plan", "tiny.toml", "--workers", "0"], 2, "none take forever"),
         (["start", "tiny.toml", "--quick"], 2, "[quick]"),
         (["start", "tiny.toml", "--name", "tiny-confirm"], 2, "what sweep confirm writes"),
         (["start", "tiny.toml", "--set", "dataset=images", "--data-dir", "nowhere"], 1, "nowhere"),
