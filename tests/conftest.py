@@ -1,6 +1,7 @@
 """One thread a test process: tests run side by side, and sums keep their order.
 
-And a PostgreSQL server for each process that needs one.
+And a PostgreSQL server for each process that needs one, and an order in which no long test is left
+to the end.
 """
 
 import os
@@ -20,6 +21,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A script's `pytest &` starts with Ctrl-C ignored, which every command under test would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+SLOW = ("ray", "cli", "docs", "confirm", "limits", "plan", "serve", "archive", "launch")
+"""Modules with tests that start many processes, the slowest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow modules; two processes get half of the list each."""
+
+    def of(modules: tuple[str, ...]) -> list[pytest.Item]:
+        named = [f"test_{module}.py" for module in modules]
+        return [item for name in named for item in items if item.path.name == name]
+
+    first, second = of(SLOW[::2]), of(SLOW[1::2])
+    slow = {*first, *second}
+    others = [item for item in items if item not in slow]
+    at = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *others[:at], *second, *others[at:]]
 
 
 @pytest.fixture(scope="session")

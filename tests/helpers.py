@@ -1,12 +1,9 @@
-"""A sweep small enough for tests, on real images, the command that runs it, and processes."""
+"""A sweep small enough for tests, on real images, and processes that act at one moment."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -16,6 +13,7 @@ from typing import Any
 import optuna
 import tomli_w
 import torch
+from commands import PROCESSES
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from torch import nn
@@ -28,12 +26,6 @@ from sweeps.spec import SweepSpec
 from sweeps.stopping import StopRequest
 from sweeps.studies import create_or_resume
 from sweeps.worker import Worker, WorkerOptions
-
-PROCESSES = multiprocessing.get_context("forkserver")
-# What every child would import again. One server of forks serves all test modules of a run.
-PROCESSES.set_forkserver_preload(
-    ["alembic.command", "filelock", "helpers", "optuna.storages._rdb.models", "pytest"]
-)
 
 TRAIN: dict[str, Any] = {
     "dataset": "digits", "validation_fraction": 0.2, "augment": "none", "model": "resnet8",
@@ -117,85 +109,6 @@ def trials(tmp_path: Path, study_name: str = "tiny") -> list[FrozenTrial]:
     return optuna.load_study(storage=open_storage(url(tmp_path)), study_name=study_name).trials
 
 
-def command(*arguments: str) -> list[str]:
-    """The `sweep` command of the interpreter that runs the tests."""
-    return [sys.executable, "-P", "-m", "sweeps.cli", *arguments]
-
-
-def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the `sweep` command to its end."""
-    return subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-class Command:
-    """A `sweep` command that runs, with what it has printed; use as a context."""
-
-    def __init__(self, *arguments: str, cwd: Path) -> None:
-        self.process = subprocess.Popen(
-            command(*arguments),
-            cwd=cwd,
-            env=environment() | {"PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._lines: list[str] = []
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> Command:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join(30)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    @property
-    def output(self) -> str:
-        with self._changed:
-            return "\n".join(self._lines)
-
-    def line(self, text: str) -> str:
-        """Wait for a line that holds a text."""
-
-        def found() -> list[str]:
-            return [line for line in self._lines if text in line]
-
-        with self._changed:
-            assert self._changed.wait_for(lambda: found() or not self._reader.is_alive(), 120), (
-                f"{text!r} did not come: {self._lines}"
-            )
-            assert found(), f"ended without {text!r}: {self._lines}"
-            return found()[0]
-
-    def end(self) -> int:
-        """Wait for its exit status."""
-        code = self.process.wait(120)
-        self._reader.join(30)
-        return code
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._changed:
-                self._lines.append(line.rstrip("\n"))
-                self._changed.notify_all()
-        with self._changed:
-            self._changed.notify_all()
-
-
 def wait_until(true: Callable[[], bool], *, seconds: int = 120) -> None:
     """Ask until the answer is yes."""
     asked = threading.Event()
@@ -211,11 +124,6 @@ def stop_postgres(server: Any, number: signal.Signals) -> None:
     process = server.get_postmaster_info().process
     os.kill(server.get_pid(), number)
     process.wait(30)
-
-
-def environment() -> dict[str, str]:
-    """Ours, without what would redirect a sweep."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("SWEEP_")}
 
 
 def _child(function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any, start: Any) -> None:

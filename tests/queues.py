@@ -11,7 +11,8 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import PROCESSES, together
+from commands import PROCESSES
+from helpers import together
 from optuna.trial import TrialState
 
 from storage.engine import open_storage

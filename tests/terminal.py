@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers import command, environment
+from commands import command, environment
 
 
 class Terminal:

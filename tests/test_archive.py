@@ -17,7 +17,8 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import begin, environment, make_spec, run, save_checkpoint, url, write_spec
+from commands import environment, run
+from helpers import begin, make_spec, save_checkpoint, url, write_spec
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
 from sqlalchemy import text

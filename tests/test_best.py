@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import begin, make_spec, make_worker, run, save_checkpoint, trials, url, write_spec
+from commands import run
+from helpers import begin, make_spec, make_worker, save_checkpoint, trials, url, write_spec
 
 from data.batches import normalise
 from data.holdout import split_train

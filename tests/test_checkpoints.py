@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import random
 import resource
@@ -17,18 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import PROCESSES
 from helpers import save_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import checkpoints
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
-
-PROCESSES = multiprocessing.get_context("forkserver")
-# What every child would import again. One server of forks serves all test modules of a run.
-PROCESSES.set_forkserver_preload(
-    ["alembic.command", "filelock", "optuna.storages._rdb.models", "pytest", "torch"]
-)
 
 KEY = "fixup-largebatch/dataset=digits/12"
 

@@ -13,18 +13,8 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import (
-    TRAIN,
-    Command,
-    begin,
-    begin_at,
-    make_spec,
-    make_worker,
-    run,
-    trials,
-    url,
-    wait_until,
-)
+from commands import Command, run
+from helpers import TRAIN, begin, begin_at, make_spec, make_worker, trials, url, wait_until
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
@@ -142,7 +132,7 @@ def test_from_a_sweep_to_its_confirmation(tmp_path: Path) -> None:
     store = begin(tmp_path, spec)
     make_worker(tmp_path).run()
     before = {t.params["peak_lr"]: t.value for t in trials(tmp_path)}
-    done = run("confirm", "tiny", "--seeds", "2", cwd=tmp_path)
+    done = run("confirm", "tiny", "--seeds", "2", "--workers", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "] tiny-confirm #0  complete" in done.stderr
     assert "the seeds 2, 3, which tiny did not use" in " ".join(done.stdout.split())
@@ -166,7 +156,7 @@ def test_from_a_sweep_to_its_confirmation(tmp_path: Path) -> None:
     assert sum(len(s["runs"]) for s in study["configurations"]) == len(first)
     assert records(trials(tmp_path, "tiny-confirm")) == records(first)
     # More seeds are exactly the missing runs.
-    more = run("confirm", "tiny", "--seeds", "3", cwd=tmp_path)
+    more = run("confirm", "tiny", "--seeds", "3", "--workers", "1", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     grown = trials(tmp_path, "tiny-confirm")
     assert records(grown[: len(first)]) == records(first)
@@ -200,7 +190,9 @@ def test_a_sweep_on_a_server_is_planned_and_confirmed(
         spec = make_spec(train={"epochs": 1}, budget={"trials": 1}, workers={"threads": 1})
         store = begin_at(place, spec)
         complete(store, spec, 0.05, 0.5)
-        done = run("confirm", "tiny", "--seeds", "2", "--json", *where, cwd=tmp_path)
+        done = run(
+            "confirm", "tiny", "--seeds", "2", "--workers", "1", "--json", *where, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         (configuration,) = found["studies"][0]["configurations"]

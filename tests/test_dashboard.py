@@ -16,7 +16,8 @@ from typing import Any
 import optuna
 import pytest
 from browser import CHROMIUM, NO_CHROMIUM, Browser
-from helpers import Command, environment, run, trials, url, wait_until, write_spec
+from commands import Command, environment, run
+from helpers import trials, url, wait_until, write_spec
 from test_report import add, findings, known_spec, known_sweep, many_trials
 
 from storage.engine import open_storage

@@ -10,17 +10,8 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import (
-    Command,
-    begin,
-    begin_at,
-    make_spec,
-    run,
-    save_checkpoint,
-    trials,
-    url,
-    wait_until,
-)
+from commands import Command, run
+from helpers import begin, begin_at, make_spec, save_checkpoint, trials, url, wait_until
 from optuna.storages import BaseStorage
 from optuna.storages._rdb.models import BaseModel
 from optuna.trial import TrialState, create_trial

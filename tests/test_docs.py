@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import typer
-from helpers import Command, run, write_spec
+from commands import Command, run
+from helpers import write_spec
 from PIL import Image
 
 from models import build_model
@@ -89,12 +90,19 @@ ENDLESS = ("serve", "dashboard")
 """Commands that do not end by themselves."""
 
 
+def one_worker(arguments: list[str]) -> list[str]:
+    """The same command with one worker, where it leaves their number open."""
+    if arguments[0] in ("start", "confirm") and not {"--workers", "--on"} & {*arguments}:
+        return [*arguments, "--workers", "1"]
+    return arguments
+
+
 def run_page(name: str, cwd: Path, change: Callable[[str], str] = lambda line: line) -> None:
     """Run every command of a page, in its order, but for those that do not end."""
     lines = [shlex.join(line) for page, line in PAGE_LINES if page == name]
     assert lines
     for line in [line for line in lines if line.split()[0] not in ENDLESS]:
-        arguments = shlex.split(change(line))
+        arguments = one_worker(shlex.split(change(line)))
         target = arguments[arguments.index(">") + 1] if ">" in arguments else None
         done = run(*(arguments[: arguments.index(">")] if target else arguments), cwd=cwd)
         assert done.returncode == 0, (line, done.stderr)
@@ -137,7 +145,7 @@ def test_the_commands_of_own_data_run(tmp_path: Path) -> None:
 
 def test_the_commands_of_move_run(tmp_path: Path) -> None:
     write_spec(tmp_path / "my-sweep.toml", budget={"trials": 2}, train={"epochs": 1})
-    begun = run("start", "my-sweep.toml", cwd=tmp_path)
+    begun = run("start", "my-sweep.toml", "--workers", "1", cwd=tmp_path)
     assert begun.returncode == 0, begun.stderr
     run_page("move.md", tmp_path)
     assert (tmp_path / "runs.db").exists()
@@ -147,7 +155,8 @@ def test_the_commands_of_serve_run(tmp_path: Path) -> None:
     pytest.importorskip("grpc", reason="gRPC is not installed")
     write_spec(tmp_path / "my-sweep.toml", budget={"trials": 2}, train={"epochs": 1})
     local = "sqlite:///sweep.db"
-    begun = run("start", "my-sweep.toml", "--set", "budget.epochs_total=1", cwd=tmp_path)
+    arguments = ("start", "my-sweep.toml", "--workers", "1", "--set", "budget.epochs_total=1")
+    begun = run(*arguments, cwd=tmp_path)
     assert begun.returncode == 0, begun.stderr
     with Command("serve", "--storage", local, "--port", "0", cwd=tmp_path) as server:
         found = re.search(r"grpc://127\.0\.0\.1:(\d+);", server.line("serving"))
@@ -195,7 +204,7 @@ def test_the_postgresql_pages_commands_run(tmp_path: Path, postgres: Callable[[]
         if arguments[0] == "dashboard":
             continue
         if arguments[0] == "export":  # the page moves a sweep that was begun on a file
-            done = run("start", "my-sweep.toml", "--storage", local, cwd=tmp_path)
+            done = run("start", "my-sweep.toml", "--workers", "1", "--storage", local, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
         arguments = [
             moved if a.startswith("postgresql") else local if a.startswith("sqlite") else a
@@ -203,7 +212,7 @@ def test_the_postgresql_pages_commands_run(tmp_path: Path, postgres: Callable[[]
         ]
         if "--storage" not in arguments:
             arguments += ["--storage", server]
-        done = run(*arguments, cwd=tmp_path)
+        done = run(*one_worker(arguments), cwd=tmp_path)
         assert done.returncode == 0, (line, done.stderr)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import begin, command, environment, make_spec, trials, url, wait_until
+from commands import command, environment
+from helpers import begin, make_spec, trials, url, wait_until
 from optuna.trial import TrialState
 
 from storage.leases import LEASE_ATTR, parse_lease

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PROCESSES, together
+from commands import PROCESSES
+from helpers import together
 from optuna.trial import TrialState
 from queues import (
     STORES,

@@ -13,14 +13,7 @@ from typing import Any, Protocol
 import optuna
 import pytest
 import torch
-from helpers import (
-    TRAIN,
-    begin,
-    clip_units_slowly,
-    make_spec,
-    make_worker,
-    save_checkpoint,
-)
+from helpers import TRAIN, begin, clip_units_slowly, make_spec, make_worker, save_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ExponentialLR

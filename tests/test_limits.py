@@ -9,19 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import (
-    Command,
-    begin,
-    command,
-    environment,
-    make_spec,
-    make_worker,
-    run,
-    trials,
-    url,
-    wait_until,
-    write_spec,
-)
+from commands import Command, command, environment, run
+from helpers import begin, make_spec, make_worker, trials, url, wait_until, write_spec
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -101,16 +90,18 @@ def test_a_request_to_stop_ends_workers_everywhere_and_a_later_start_ignores_it(
     tmp_path: Path,
 ) -> None:
     spec = write_spec(tmp_path / "tiny.toml", train={"epochs": 100000})
+    # Where `make_worker` looks for what they leave.
+    env = {**environment(), "SWEEP_CHECKPOINT_DIR": str(tmp_path / "checkpoints")}
     start = subprocess.Popen(
         command("start", str(spec), "--workers", "1"),
-        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     joined: subprocess.Popen[str] | None = None
     try:
         wait_for_epochs(tmp_path, 1, busy=1)
         joined = subprocess.Popen(
             command("worker", "tiny", "--threads", "1"),
-            cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+            cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         wait_for_epochs(tmp_path, 1, busy=2)
         stopped = run("stop", "tiny", cwd=tmp_path)

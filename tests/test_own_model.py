@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import command, environment, write_spec
+from commands import command, environment
+from helpers import write_spec
 from torch import Tensor, nn
 
 from models import build_model

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, NO_CHROMIUM, Browser, Page
-from helpers import environment, run
+from commands import environment, run
 from test_report import HOSTILE, add, create, findings, known_spec, known_sweep, many_trials
 
 from sweeps.figures import make_figures

@@ -12,7 +12,8 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import Command, begin, command, environment, make_spec, run, trials, write_spec
+from commands import Command, environment, run
+from helpers import begin, make_spec, trials, write_spec
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
@@ -77,16 +78,8 @@ def planned(cwd: Path, *arguments: str) -> dict[str, Any]:
 
 
 def run_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """With the cache of this test, which `helpers.run` takes away."""
-    return subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env=environment() | {"SWEEP_CACHE_DIR": str(cwd / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """With the cache of this test, which `commands.run` takes away by itself."""
+    return run(*arguments, cwd=cwd, env=environment() | {"SWEEP_CACHE_DIR": str(cwd / "cache")})
 
 
 # Counting
@@ -386,7 +379,7 @@ def test_what_a_killed_plan_has_left_is_swept_away(tmp_path: Path) -> None:
 
 def test_what_the_store_holds_is_subtracted(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", budget={"trials": 2}, pruner={"type": "MedianPruner"})
-    assert run_here("start", "tiny.toml", cwd=tmp_path).returncode == 0
+    assert run_here("start", "tiny.toml", "--workers", "1", cwd=tmp_path).returncode == 0
     before = (tmp_path / "sweep.db").read_bytes()
     found = planned(tmp_path, "tiny.toml", "--set", "trials=7", "--seconds", "0")
     assert found["total"]["trials"] == 7
@@ -405,7 +398,7 @@ def test_what_the_store_holds_is_subtracted(tmp_path: Path) -> None:
 def test_pruning_is_taken_from_the_stores_own_trials(tmp_path: Path) -> None:
     pruner = {"type": "ThresholdPruner", "lower": 2.0, "n_warmup_steps": 1}
     write_spec(tmp_path / "tiny.toml", budget={"trials": 5}, pruner=pruner, train={"epochs": 4})
-    assert run_here("start", "tiny.toml", cwd=tmp_path).returncode == 0
+    assert run_here("start", "tiny.toml", "--workers", "1", cwd=tmp_path).returncode == 0
     steps = [trial.last_step or 0 for trial in trials(tmp_path)]
     found = planned(tmp_path, "tiny.toml", "--set", "trials=9", "--seconds", "0")
     assert found["epoch_share"] == pytest.approx(sum(steps) / 20)

@@ -9,7 +9,8 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import Command, begin_at, make_spec, stop_postgres, together, wait_until
+from commands import Command
+from helpers import begin_at, make_spec, stop_postgres, together, wait_until
 from optuna.trial import TrialState
 from queues import new_study
 from sqlalchemy import create_engine, event, make_url, text

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command, environment, run
 from filelock import FileLock
-from helpers import command, environment, run, trials, write_spec
+from helpers import trials, write_spec
 from optuna.trial import TrialState
 from test_cli import mistake, wait_for_epochs, worker_pids
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers import SEARCH, make_spec, run, url
+from commands import run
+from helpers import SEARCH, make_spec, url
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import optuna
 import pytest
+from commands import Command, run
 from filelock import FileLock, Timeout
-from helpers import Command, begin, make_spec, run, trials, url, wait_until, write_spec
+from helpers import begin, make_spec, trials, url, wait_until, write_spec
 from optuna.trial import FrozenTrial, TrialState
 
 from storage.engine import exclusive, open_storage, own_url

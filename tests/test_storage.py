@@ -17,8 +17,9 @@ from typing import Any
 
 import optuna
 import pytest
+from commands import PROCESSES
 from filelock import FileLock
-from helpers import PROCESSES, together
+from helpers import together
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 

@@ -12,7 +12,8 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from helpers import TRAIN, begin, environment, make_spec, make_worker, trials, url, wait_until
+from commands import environment
+from helpers import TRAIN, begin, make_spec, make_worker, trials, url, wait_until
 from optuna.trial import TrialState
 
 from storage.checkpoints import CheckpointStore
@@ -333,9 +334,10 @@ def test_an_epoch_whose_checkpoint_was_not_written_yet_is_trained_again(
     begin(tmp_path / "whole", spec)
     make_worker(tmp_path / "whole").run()
     store = begin(tmp_path, spec)
-    # The last folder to be flushed belongs to the first checkpoint, too.
     last = 2 * seeds - 1
-    code = DIES_WHILE_IT_SAVES.format(saves=last, epochs=last)
+    # Of each checkpoint its file is flushed, of the first one its folder too.
+    flushed = last - 1 + (last > 1)
+    code = DIES_WHILE_IT_SAVES.format(saves=flushed, epochs=last)
     died = subprocess.run(
         [sys.executable, "-c", code, "worker", "tiny", "--threads", "1"],
         cwd=tmp_path, env={**environment(), "SWEEP_CHECKPOINT_DIR": str(tmp_path / "checkpoints")},
