@@ -320,7 +320,8 @@ def worker(
         if received and not child:
             os._exit(130)
         received.append(number)
-        stop.set(130 if number == signal.SIGINT else 0)
+        # Of SIGTERM, too: a cluster that starts again what was interrupted has to know of it.
+        stop.set(130)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)

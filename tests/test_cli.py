@@ -240,7 +240,7 @@ def test_sigterm_to_a_worker_is_polite(tmp_path: Path) -> None:
     wait_for_epochs(tmp_path, 2, busy=1)
     lone.send_signal(signal.SIGTERM)
     _, err = lone.communicate(timeout=120)
-    assert lone.returncode == 0
+    assert lone.returncode == 130
     _, last = err.splitlines()
     assert last == "tiny: told to stop; 0 trials ended here"
     assert {t.state for t in trials(tmp_path)} == {TrialState.WAITING}

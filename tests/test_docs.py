@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,15 @@ def assert_parses(line: list[str]) -> None:
     if found.name == "start" and not any(not a.startswith("-") for a in arguments):
         arguments = ["fixup-largebatch", *arguments]
     found.make_context(line[0], arguments)
+
+
+@pytest.mark.parametrize("script", blocks("bash", page_text("slurm.md")))
+def test_a_job_script_is_one(tmp_path: Path, script: str) -> None:
+    (tmp_path / "job.sh").write_text(script, encoding="utf-8")
+    done = subprocess.run(["bash", "-n", tmp_path / "job.sh"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    (line,) = re.findall(r"^srun sweep (.*)$", script, flags=re.M)
+    assert_parses(shlex.split(line))
 
 
 def test_every_page_is_in_the_readme_and_every_link_leads_somewhere() -> None:

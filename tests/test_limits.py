@@ -234,7 +234,7 @@ def test_sigterm_in_a_long_update_ends_the_worker_and_puts_its_trial_back(tmp_pa
     try:
         wait_until(lambda: bool([t for t in trials(tmp_path) if t.params]))
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(60) == 0
+        assert worker.wait(60) == 130
     finally:
         worker.kill()
         worker.wait()
