@@ -16,6 +16,10 @@ WORST_DEVICE_ACCURACY = "worst_device_accuracy"
 """User attribute: validation accuracy, 0 to 1, of a complete trial on the classes of that device
 where it is least, each with its share in the device's images; over several seeds, of the means."""
 
+DEVICE_ACCURACIES = "sweep:device_accuracies"
+"""System attribute: of each device what WORST_DEVICE_ACCURACY is the least of, in the devices'
+order; null where no class of it is among the validation images."""
+
 LABEL = "label"
 """User attribute: which `[[try]]` it is, or which run of a confirmation."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeps.attributes import CURVES
+from sweeps.attributes import CURVES, DEVICE_ACCURACIES
 from sweeps.config import TrialConfig, Value, written
 from sweeps.confirmation import read_answer
 from sweeps.confirmed import (
@@ -72,6 +72,8 @@ class StudyFindings:
             some that diverged. Over several seeds, the mean of a complete trial, and the last
             seed of any other.
         seed_accuracies: the best trial's final accuracy with each seed; empty for one seed.
+        device_accuracies: what the best trial's network is worth to each device whose classes are
+            among the validation images (`sweeps.attributes`), the worst one's first.
         importance: share of each parameter, or empty where too few trials completed.
     """
 
@@ -81,6 +83,7 @@ class StudyFindings:
     validation_images: int | None
     curves: Mapping[int, Sequence[float]]
     seed_accuracies: Sequence[float]
+    device_accuracies: Sequence[float]
     importance: Mapping[str, float]
 
     def standard_error(self, accuracy: float) -> float | None:
@@ -116,8 +119,11 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
         drawn = [*([study.best] if study.best else []), *diverged[:DRAWN_DIVERGED]]
         complete = [recorded[t.number] for t in study.trials if t.outcome == "complete"]
         per_seed: list[list[float]] = []
-        if study.best and seeds > 1:
-            per_seed = _per_seed(recorded[study.best.number], config.epochs)
+        of_devices: list[float | None] = []
+        if study.best:
+            best = recorded[study.best.number]
+            of_devices = best.system_attrs.get(DEVICE_ACCURACIES, [])
+            per_seed = _per_seed(best, config.epochs) if seeds > 1 else []
         studies.append(
             StudyFindings(
                 status=study,
@@ -128,6 +134,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
                 else stored.scored_images,
                 curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},
                 seed_accuracies=[values[-1] for values in per_seed],
+                device_accuracies=sorted(a for a in of_devices if a is not None),
                 importance=_importance(complete, status.searched),
             )
         )

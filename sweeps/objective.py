@@ -165,24 +165,27 @@ class Objective:
         """The accuracy of a guess, 1 over the number of classes."""
         return 1 / len(self._assembly.dataset.classes)
 
-    def worst_device_accuracy(
+    def device_accuracies(
         self, config: TrialConfig, class_correct: Sequence[Sequence[int]]
-    ) -> float | None:
-        """The least of the devices' accuracies, 0 to 1, each a mean over seeds.
+    ) -> list[float | None]:
+        """The devices' accuracies, 0 to 1, each a mean over seeds; as `Assembly` has them.
 
         Args:
             config: what was trained.
             class_correct: of each seed, as of its last epoch; empty as of an earlier version.
+
+        Returns:
+            One for each device; empty where a seed's training was of an earlier version.
         """
         if not all(class_correct):
-            return None
+            return []
         of_seeds = [self._assembly.device_accuracies(config, c) for c in class_correct]
-        means = [
+        return [
             sum(accuracies) / len(accuracies)
-            for of_device in zip(*of_seeds, strict=True)
             if (accuracies := [a for a in of_device if a is not None])
+            else None
+            for of_device in zip(*of_seeds, strict=True)
         ]
-        return min(means, default=None)
 
     def _progress(
         self,

@@ -30,6 +30,7 @@ from sweeps import carrying, search
 from sweeps.assembly import Assembly, dataset_identity, open_dataset
 from sweeps.attributes import (
     CURVES,
+    DEVICE_ACCURACIES,
     FAILURES,
     LABEL,
     OUTCOME,
@@ -206,6 +207,7 @@ class Worker:
         key = f"{study.name}/{claim.number}"
         state, value = TrialState.PRUNED, None
         attrs: dict[str, Any] = {}
+        of_devices: list[float | None] = []
         reporter: Reporter | None = None
         confirms = bool(sweep.spec.confirms)
         try:
@@ -227,10 +229,16 @@ class Worker:
                 key=key,
                 may_replace=lambda: keeper.may_hold(claim, lost),
             )
-            worst = objective.worst_device_accuracy(config, [*reporter.class_correct.values()])
+            of_devices = [
+                None if accuracy is None else round(accuracy, 6)
+                for accuracy in objective.device_accuracies(
+                    config, [*reporter.class_correct.values()]
+                )
+            ]
             state, attrs = TrialState.COMPLETE, {OUTCOME: "complete"}
+            worst = min((a for a in of_devices if a is not None), default=None)
             if worst is not None:
-                attrs[WORST_DEVICE_ACCURACY] = round(worst, 6)
+                attrs[WORST_DEVICE_ACCURACY] = worst
         except Pruned:
             attrs = {OUTCOME: "pruned"}
         except Diverged as divergence:
@@ -275,8 +283,9 @@ class Worker:
             value = objective.chance if confirms else reporter.last_score
         attrs[SECONDS] = round(time.monotonic() - started, 3)
         where = {**provenance(self._options.device), "data_fingerprint": study.fingerprint}
+        of_system = {PROVENANCE: where, **({DEVICE_ACCURACIES: of_devices} if of_devices else {})}
         if lost.is_set() or not self._queue.finish(
-            claim, state, value, user_attrs=attrs, system_attrs={PROVENANCE: where}
+            claim, state, value, user_attrs=attrs, system_attrs=of_system
         ):
             logger.warning(
                 "%s #%d went to another worker; result dropped", study.name, claim.number

@@ -19,7 +19,7 @@ from rich.console import Console
 from data.sources import load_dataset
 from storage.engine import open_storage
 from sweeps import search
-from sweeps.attributes import CURVES
+from sweeps.attributes import CURVES, DEVICE_ACCURACIES
 from sweeps.errors import SweepError
 from sweeps.figures import Figure, make_figures
 from sweeps.figures.parts import COLOURS, MAX_POINTS
@@ -74,6 +74,7 @@ def add(
     *,
     label: str = "",
     reason: str = "",
+    devices: list[float | None] | None = None,
 ) -> None:
     """A trial as a worker leaves it."""
     study = optuna.load_study(storage=store, study_name=spec.study_name(spec.cells[cell]))
@@ -94,7 +95,10 @@ def add(
             params=params,
             distributions=search.distributions(spec.search),
             user_attrs=attrs | ({"reason": reason} if reason else {}),
-            system_attrs={CURVES: {"val_accuracy": curve}},
+            system_attrs={
+                CURVES: {"val_accuracy": curve},
+                **({DEVICE_ACCURACIES: devices} if devices else {}),
+            },
             intermediate_values=dict(enumerate(curve, start=1)),
         )
     )
@@ -298,6 +302,27 @@ def test_a_sweep_that_searches_nothing(tmp_path: Path) -> None:
     assert "Best: highest 0.8000 (norm=group,split=iid), lowest 0.5000" in drawn["best"].caption
     assert "Bars are the range over seeds." in drawn["best"].caption
     assert "parameters" not in table_markdown([found])
+
+
+def test_devices_stand_from_the_one_served_worst_on(tmp_path: Path) -> None:
+    spec = known_spec(
+        each={"split": ["iid", "classes"]},
+        train={"split": None, "global_batch_size": 128},
+        search={},
+        budget={"trials": 1},
+    )
+    store = create(tmp_path, spec)
+    add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.9], {}, devices=[0.9, 0.89, 0.91, 0.9])
+    add(store, spec, 1, "complete", [0.1, 0.2, 0.3, 0.5], {}, devices=[0.9, None, 0.05, 0.4])
+    drawn = figures(findings(store))
+    assert list(drawn) == ["best", "curves", "devices"]
+    (panel,) = drawn["devices"].as_dict()["panels"]
+    # Of IID devices all are alike.
+    (trace,) = panel["data"]
+    assert (trace["x"], trace["y"]) == ([0, 0.5, 1], [0.05, 0.4, 0.9])
+    assert drawn["devices"].caption.endswith(
+        "split=classes: from 0.0500 to 0.9000, median 0.4000; 1 of 3 devices have 0.1 or less."
+    )
 
 
 def test_one_study_needs_no_comparison(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from storage.leases import LEASE_ATTR
 from storage.trials import Claim, TrialQueue
 from sweeps import worker as worker_module
 from sweeps.assembly import Assembly, open_dataset
-from sweeps.attributes import CURVES, PROVENANCE, WORST_DEVICE_ACCURACY
+from sweeps.attributes import CURVES, DEVICE_ACCURACIES, PROVENANCE, WORST_DEVICE_ACCURACY
 from sweeps.config import TrialConfig
 from sweeps.epochs import Reporter
 from sweeps.errors import SpecError, SweepError
@@ -207,7 +207,8 @@ def test_a_trial_says_what_its_network_is_worth_to_the_device_that_it_serves_wor
             ]
         )
     means = [sum(of_device) / 2 for of_device in zip(*of_seeds, strict=True)]
-    assert trial.user_attrs[WORST_DEVICE_ACCURACY] == pytest.approx(min(means), abs=1e-6)
+    assert trial.system_attrs[DEVICE_ACCURACIES] == pytest.approx(means, abs=1e-6)
+    assert trial.user_attrs[WORST_DEVICE_ACCURACY] == min(trial.system_attrs[DEVICE_ACCURACIES])
     assert min(means) < trial.value < max(means)
     assert read_status(
         open_storage(url(tmp_path)), stored_sweep(open_storage(url(tmp_path)), "tiny")

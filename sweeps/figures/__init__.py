@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from sweeps.figures.best import best_by_axis
 from sweeps.figures.course import epochs_saved, optimization_history
 from sweeps.figures.curves import validation_curves
+from sweeps.figures.devices import device_accuracies
 from sweeps.figures.divergence import divergence_map
 from sweeps.figures.parameters import accuracy_by_parameter, parameter_importance
 from sweeps.figures.parts import Entry, Figure, Panel
@@ -26,6 +27,7 @@ def make_figures(sweeps: Sequence[Findings]) -> list[Figure]:
     makers: tuple[Callable[[list[Entry]], Figure | None], ...] = (
         best_by_axis,
         validation_curves,
+        device_accuracies,
         divergence_map,
         accuracy_by_parameter,
         optimization_history,
