@@ -27,6 +27,9 @@ from storage.readers import reading
 
 T = TypeVar("T")
 
+_COMPATIBLE: set[str] = set()
+"""Versions of the tables that have passed Optuna's check in this process: one at the most."""
+
 _CREATE_ATTEMPTS = 12
 
 _READS = (
@@ -63,7 +66,25 @@ def _without_lock(method: Callable[..., T]) -> Callable[..., T]:
 
 
 class Database(RDBStorage):
-    """As Optuna's, but what only reads takes no lock."""
+    """As Optuna's, but what only reads takes no lock, and a process looks up its schema once.
+
+    Args:
+        url, options, create: as of :func:`open_database`.
+
+    Raises:
+        RuntimeError: the tables are another version's.
+    """
+
+    def __init__(self, url: str, options: dict[str, Any], *, create: bool) -> None:
+        # Optuna's check runs the scripts of all migrations that there ever were.
+        super().__init__(
+            url, engine_kwargs=options, skip_compatibility_check=True,
+            skip_table_creation=not create,
+        )  # fmt: skip
+        version = self.get_current_version()
+        if version not in _COMPATIBLE:
+            self._version_manager.check_table_schema_compatibility()
+            _COMPATIBLE.add(version)
 
     def study_of(self, trial_id: int) -> int | None:
         """The study of a trial; None if there is no such trial."""
@@ -143,7 +164,7 @@ def open_database(
     while True:
         attempt += 1
         try:
-            return Database(template, engine_kwargs=options, skip_table_creation=not create)
+            return Database(template, options, create=create)
         except (ImportError, NoSuchModuleError) as error:
             raise _missing_driver(url) from error
         except (DBAPIError, StorageInternalError, AssertionError) as error:

@@ -6,16 +6,19 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from commands import command, environment, run
-from helpers import trials, write_spec
+from helpers import trials, url, write_spec
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
+from storage.engine import open_storage
+from storage.errors import StorageError
 from storage.leases import LEASE_ATTR
 
 EPOCHS = 60
@@ -51,16 +54,17 @@ def started(cwd: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def wait_for_epochs(cwd: Path, epochs: int, busy: int) -> list[optuna.trial.FrozenTrial]:
     """Wait until so many trials run and have completed so many epochs each."""
+    store: BaseStorage | None = None
     polled = threading.Event()
-    for _ in range(1200):
-        if (cwd / "sweep.db").exists():
-            try:
-                running = [t for t in trials(cwd) if t.state == TrialState.RUNNING]
-            except KeyError:  # the study is not there yet
-                running = []
+    for _ in range(600):
+        # The file, its tables and the study come one after the other.
+        with suppress(StorageError, KeyError):
+            store = store or open_storage(url(cwd), read_only=True)
+            study = optuna.load_study(storage=store, study_name="tiny")
+            running = [t for t in study.trials if t.state == TrialState.RUNNING]
             if sum((t.last_step or 0) >= epochs for t in running) >= busy:
                 return running
-        polled.wait(0.05)
+        polled.wait(0.1)
     raise AssertionError("no trial ran within a minute")
 
 
