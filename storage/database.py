@@ -81,6 +81,7 @@ class Database(RDBStorage):
             url, engine_kwargs=options, skip_compatibility_check=True,
             skip_table_creation=not create,
         )  # fmt: skip
+        self.skip_compatibility_check = False  # where this is unpickled
         version = self.get_current_version()
         if version not in _COMPATIBLE:
             self._version_manager.check_table_schema_compatibility()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from storage.errors import StorageError
+from storage.network_folder import let_others_in
 from storage.urls import check_url, is_grpc, sqlite_path
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def open_storage(
     Args:
         url: ``sqlite:///file.db``, ``postgresql+psycopg://user@host/name``, another SQLAlchemy
             URL that Optuna supports, or ``grpc://host:port`` for one that `sweep serve` serves.
-        read_only: for status displays. Never creates anything; on SQLite it never takes the
+        read_only: for status displays. Never creates a database; on SQLite it never takes the
             write lock either, so it cannot hold up a worker nor be held up by one.
         lock_seconds: how long one SQLite operation waits for other processes; None is
             :data:`storage.sqlite.LOCK_TIMEOUT_SECONDS`. Short where failures are retried
@@ -111,12 +112,13 @@ def close_storage(storage: BaseStorage, url: str) -> None:
     elif is_grpc(url):
         backend.close()  # type: ignore[union-attr]  # storage.remote.RemoteStorage
     file = sqlite_path(url)
-    if file is not None and file.exists():  # to connect would create one that was removed
-        try:
-            with closing(sqlite3.connect(file, timeout=5)) as connection:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error:
-            return  # others still work on it; the last of them to leave does this
+    if file is None:
+        return
+    if file.exists():  # to connect would create one that was removed
+        # If others still work on it, the last of them to leave does this.
+        with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=5)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    let_others_in(file)
 
 
 def own_url(storage: BaseStorage, url: str) -> str:

@@ -14,6 +14,10 @@ class StorageURLError(StorageError):
     """What was given as a storage URL names no storage, whatever stands where."""
 
 
+class ElsewhereError(StorageError):
+    """A SQLite file on a network folder that a process of another machine has open."""
+
+
 class EmptyStorageError(StorageError):
     """A database that can be read and holds no sweep yet."""
 

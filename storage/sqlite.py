@@ -24,7 +24,7 @@ from sqlalchemy.exc import DBAPIError
 
 from storage.database import CachedDatabase, open_database
 from storage.errors import HELD, EmptyStorageError, StorageError
-from storage.network_folder import hold
+from storage.network_folder import keep_others_out
 from storage.readers import READ_ONLY_OPTION, is_reading
 from storage.urls import check_file
 
@@ -48,8 +48,7 @@ def open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
         StorageError: as :func:`storage.engine.open_storage`.
     """
     check_file(file)
-    if file.parent.is_dir():
-        hold(file)
+    keep_others_out(file, writes=True)
     lock_file = file.with_name(file.name + ".lock")
     try:
         with FileLock(lock_file, timeout=LOCK_TIMEOUT_SECONDS):
@@ -78,7 +77,7 @@ def open_sqlite(file: Path, url: URL, lock_seconds: float) -> BaseStorage:
 
 
 def open_sqlite_read_only(file: Path) -> BaseStorage:
-    """Open a file whose every transaction is a reader's; create nothing.
+    """Open a file whose every transaction is a reader's; create nothing in it.
 
     Raises:
         StorageError: as :func:`storage.engine.open_storage`; :class:`EmptyStorageError` where
@@ -88,7 +87,7 @@ def open_sqlite_read_only(file: Path) -> BaseStorage:
         check_file(file)
         raise StorageError(f"{file} does not exist; check the path, or start a sweep there first")
     check_file(file)
-    hold(file)
+    keep_others_out(file, writes=False)
     uri = f"file:{quote(str(file))}"
     try:
         with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as connection:

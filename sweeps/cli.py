@@ -103,14 +103,16 @@ def _parse_workers(text: str) -> int:
         return -1
     if not text.isdecimal():
         raise typer.BadParameter(
-            f"{text!r} is no number of workers; accepted: auto, 1, 2 and so on"
+            f"{text!r} is no number of workers; accepted: auto, 0, 1, 2 and so on"
         )
     return int(text)
 
 
 def _parse_planned_workers(text: str) -> int:
-    if text.isdecimal() and int(text) == 0:
-        raise typer.BadParameter("none take forever; accepted: auto, 1, 2 and so on")
+    if text != "auto" and (not text.isdecimal() or int(text) == 0):
+        raise typer.BadParameter(
+            f"{text!r} is no number of workers; accepted: auto, 1, 2 and so on"
+        )
     return _parse_workers(text)
 
 
@@ -645,6 +647,8 @@ def main() -> None:
     # Typer does not export the class of all usage errors, only this child of it.
     usage_error = typer.BadParameter.__base__
     assert usage_error is not None
+    # Of which a command that has not come to its own handler yet ends as of Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(prog_name="sweep", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

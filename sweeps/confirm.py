@@ -143,10 +143,8 @@ def confirm_sweep(
     if done is not None:
         _show(done, storage_url, again, out, print_json)
         return done_code(done, err)
-    place.prepare(
-        storage_url,
-        partial(print_line, err),
-    )
+    if workers != 0:
+        place.prepare(storage_url, partial(print_line, err))
     checked = load_data(plan.spec, data_dir, err)
     fingerprints = checked.fingerprints
     for study, here in zip(plan.of.studies, fingerprints, strict=True):
@@ -163,6 +161,8 @@ def confirm_sweep(
     kept = [edit for edit in changed if not edit.key.startswith("search.")]
     print_edits(kept, plan.spec.name, err)
     if workers == 0:
+        if print_json is not None:
+            print_json(read_answer(store, stored_sweep(store, plan.spec.name)).as_dict())
         said = out if print_json is None else err
         return leave_to_others(plan.spec.name, store, storage_url, data_dir, said, err)
     code, status = run_to_end(

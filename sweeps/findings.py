@@ -86,6 +86,12 @@ class StudyFindings:
     device_accuracies: Sequence[float]
     importance: Mapping[str, float]
 
+    @property
+    def devices_differ(self) -> bool:
+        """Whether the devices of the best trial are to have classes of their own."""
+        params = self.status.best.params if self.status.best else {}
+        return params.get("split", self.config.split) not in ("iid", "quantity")
+
     def standard_error(self, accuracy: float) -> float | None:
         """Binomial standard error of one training's accuracy, sqrt(p (1 - p) / n)."""
         images = self.validation_images
@@ -250,7 +256,7 @@ def study_sentences(findings: Findings, study: StudyFindings) -> list[str]:
 def _on_worst_device(study: StudyFindings, best: TrialStatus) -> list[str]:
     """What a best trial is worth where it is worth least, if the devices' classes differ."""
     worst = best.worst_device_accuracy
-    if worst is None or study.config.split in ("iid", "quantity"):
+    if worst is None or not study.devices_differ:
         return []
     return [f"On the classes of the device that it serves worst it has {worst:.4f}."]
 

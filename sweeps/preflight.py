@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from storage.engine import close_storage
-from storage.errors import StorageError
+from storage.errors import ElsewhereError, StorageError
 from storage.urls import check_url
 from sweeps import search
 from sweeps.assembly import Assembly, Sizes, dataset_identity, open_dataset
@@ -244,6 +244,8 @@ def estimate(
     asked = can_ask(err)
     try:
         store = store_to_read(storage_url)
+    except ElsewhereError:
+        raise  # before anything is measured
     except StorageError:
         return None  # which opening it to write explains better
     try:

@@ -106,8 +106,8 @@ class RayWorkers:
                 self._say(f"worker {index} ended with status {ended.code}: {ended.reason}")
         waiting = self._waiting()
         others = [code for i, code in enumerate(self._codes) if i not in waiting]
-        if waiting and others and all(code == 0 for code in others):
-            self._drop(waiting)  # the budget is met
+        if waiting and others and None not in others:
+            self._drop(waiting)  # those that had room have ended, and so the sweep
         return None if None in self._codes else [c for c in self._codes if c is not None]
 
     def stop(self) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from storage.checkpoints import CheckpointStore, default_checkpoint_dir
 from storage.engine import close_storage, exclusive, open_storage, own_url
-from storage.errors import EmptyStorageError, StorageError
+from storage.errors import ElsewhereError, EmptyStorageError, StorageError
 from storage.retries import StopRequestedError, is_transient, patience, reason, with_retries
 from storage.trials import TrialQueue
 from storage.urls import check_url, is_grpc, sqlite_path
@@ -94,10 +94,8 @@ def run_sweep(
     if not add_trials and (done := _already_done(spec, storage_url)) is not None:
         print_answer(done, storage_url, data_dir, again, out)
         return done_code(done, err)
-    place.prepare(
-        storage_url,
-        partial(print_line, err),
-    )
+    if workers != 0:
+        place.prepare(storage_url, partial(print_line, err))
     checked = load_data(spec, data_dir, err)
     found = None
     if isinstance(place, ThisMachine) and workers != 0:
@@ -220,10 +218,15 @@ def leave_to_others(
     status = with_retries(lambda: read_status(store, stored_sweep(store, name)))
     close_storage(store, storage_url)
     print_line(err, _opening(status, storage_url, 0))
-    where = shlex.join(["--storage", shown_url(storage_url)])
-    images = "" if data_dir is None else f" {shlex.join(['--data-dir', str(data_dir)])}"
+    file = sqlite_path(storage_url)
+    # They are typed elsewhere: a path is to be the same in any folder.
+    url = shown_url(storage_url) if file is None else f"sqlite:///{file}"
+    where = shlex.join(["--storage", url])
+    images = "" if data_dir is None else f" {shlex.join(['--data-dir', str(data_dir.absolute())])}"
     print_line(out, f"join:       sweep worker {name} {where}{images}")
     print_line(out, f"follow:     sweep status {name} --watch {where}")
+    if file is not None:
+        print_line(out, f"let others: sweep serve {where}")
     return 0
 
 
@@ -266,8 +269,8 @@ def _already_done(spec: SweepSpec, storage_url: str) -> SweepStatus | None:
         store = open_storage(storage_url, read_only=True)
     except EmptyStorageError:
         return None
-    except StorageError:
-        if file is None:
+    except StorageError as error:
+        if file is None or isinstance(error, ElsewhereError):
             raise  # before the data set is loaded
         return None  # a fault that opening it to write explains better
     try:

@@ -16,8 +16,9 @@ class StopRequest:
         """What the process is to exit with once it has stopped."""
 
     def set(self, exit_code: int = 0) -> None:
-        """Ask to stop."""
-        self.exit_code = exit_code
+        """Ask to stop. Of several requests the first one's exit code holds."""
+        if not self._asked:
+            self.exit_code = exit_code
         self._asked = True
 
     def is_set(self) -> bool:

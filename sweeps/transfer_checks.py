@@ -198,6 +198,6 @@ def refuse_database(path: Path, storage_url: str) -> None:
     database = sqlite_path(storage_url)
     if database is None:
         return
-    own = [Path(f"{database}{end}").resolve() for end in ("", "-wal", "-shm", ".lock")]
+    own = [Path(f"{database}{end}").resolve() for end in ("", "-wal", "-shm", ".lock", ".host")]
     if path.resolve() in own:
         raise SweepError(f"{path} belongs to the store itself; name another file")

@@ -4,7 +4,8 @@ It takes a new interpreter some seconds of a core to import PyTorch and Optuna, 
 fraction of one to do the rest. So that hundreds of commands fit into a run of the tests, most are
 forks of a process that has imported them; arguments, folder, environment, output, signals and exit
 status are a process's own all the same. The workers that a command starts are interpreters, as is
-whatever runs `command` itself: where imports, a terminal, or what a shell hands down matter.
+whatever runs `command` itself: where imports, a terminal, what a shell hands down, or the end of an
+interpreter matter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 # What every child would import again. One server of forks serves all test modules of a run.
 PROCESSES.set_forkserver_preload(
     [
-        "alembic.command", "filelock", "helpers", "optuna.storages._rdb.models", "pytest",
+        "alembic.command", "filelock", "optuna.storages._rdb.models", "pytest",
         "plotly.graph_objects", "rich.progress", "sweeps.cli", "sweeps.confirm", "sweeps.run",
     ]
 )  # fmt: skip
@@ -54,7 +56,9 @@ class Fork:
         self, *arguments: str, cwd: Path, env: dict[str, str], stdout: int, stderr: int
     ) -> None:
         self._process = PROCESSES.Process(
-            target=_sweep, args=(arguments, str(cwd), env, _Handed(stdout), _Handed(stderr))
+            target=_sweep,
+            args=(arguments, str(cwd), env, _Handed(stdout), _Handed(stderr)),
+            daemon=True,
         )
         self._process.start()
         assert self._process.pid is not None
@@ -67,8 +71,10 @@ class Fork:
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
+        # The server has heard of its end before this process does.
         if self._process.exitcode is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

@@ -23,22 +23,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOW = ("ray", "cli", "docs", "confirm", "limits", "plan", "serve", "archive", "launch")
-"""Modules with tests that start many processes, the slowest first."""
+SLOW = {"ray", "cli", "docs", "confirm", "limits", "plan", "serve", "archive", "launch"}
+"""Modules with tests that start many processes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slow modules; two processes get half of the list each."""
-
-    def of(modules: tuple[str, ...]) -> list[pytest.Item]:
-        named = [f"test_{module}.py" for module in modules]
-        return [item for name in named for item in items if item.path.name == name]
-
-    first, second = of(SLOW[::2]), of(SLOW[1::2])
-    slow = {*first, *second}
-    others = [item for item in items if item not in slow]
-    at = max(0, len(items) // 2 - len(first))
-    items[:] = [*first, *others[:at], *second, *others[at:]]
+    """Begin with the slow modules: what is left for the end is short."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import threading
@@ -215,15 +216,20 @@ def test_a_sweep_may_be_left_to_workers_from_elsewhere(tmp_path: Path) -> None:
     assert created.returncode == 0, created.stderr
     assert "1 trial; 0 workers" in created.stderr
     assert trials(tmp_path) == []
-    join, follow = (line.partition("sweep ")[2].split() for line in created.stdout.splitlines())
-    joined = run(*join, cwd=tmp_path)
+    lines = [line.partition(": ")[2].strip() for line in created.stdout.splitlines()]
+    join, follow, serve = (shlex.split(line)[1:] for line in lines)
+    assert serve == ["serve", "--storage", url(tmp_path)]
+    (tmp_path / "another").mkdir()
+    joined = run(*join, cwd=tmp_path / "another")
     assert joined.returncode == 0, joined.stderr
     followed = run(*follow, cwd=tmp_path)
     assert "1 of 1 trials" in followed.stdout
     # Its confirmation, too.
-    created = run("confirm", "tiny", "--seeds", "2", "--workers", "0", cwd=tmp_path)
+    arguments = ("confirm", "tiny", "--seeds", "2", "--workers", "0", "--json")
+    created = run(*arguments, cwd=tmp_path)
     assert created.returncode == 0, created.stderr
-    assert created.stdout.startswith("join:       sweep worker tiny-confirm ")
+    assert json.loads(created.stdout)["done"] is False
+    assert "join:       sweep worker tiny-confirm " in created.stderr
     assert {t.state for t in trials(tmp_path, "tiny-confirm")} == {TrialState.WAITING}
 
 
@@ -270,8 +276,8 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["start", "tiny.toml", "--set", "split=classes", "--set", "classes_per_device=3"], 2,
          "multiple"),
         (["start", "tiny.toml", "--set", "num_groups=3"], 2, "num_groups"),
-        (["start", "tiny.toml", "--workers", "two"], 2, "accepted: auto, 1, 2"),
-        (["plan", "tiny.toml", "--workers", "0"], 2, "none take forever"),
+        (["start", "tiny.toml", "--workers", "two"], 2, "accepted: auto, 0, 1, 2"),
+        (["plan", "tiny.toml", "--workers", "0"], 2, "'0' is no number of workers; accepted: auto"),
         (["start", "tiny.toml", "--quick"], 2, "[quick]"),
         (["start", "tiny.toml", "--name", "tiny-confirm"], 2, "what sweep confirm writes"),
         (["start", "tiny.toml", "--set", "dataset=images", "--data-dir", "nowhere"], 1, "nowhere"),

@@ -1,6 +1,7 @@
 """What README.md tells people to type is something that works."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -82,8 +83,16 @@ def assert_parses(line: list[str]) -> None:
 @pytest.mark.parametrize("script", blocks("bash", page_text("slurm.md")))
 def test_a_job_script_is_one(tmp_path: Path, script: str) -> None:
     (tmp_path / "job.sh").write_text(script, encoding="utf-8")
-    done = subprocess.run(["bash", "-n", tmp_path / "job.sh"], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+    for name, body in (("srun", 'exit "$STATUS"'), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    for status, said in ((0, ""), (1, ""), (130, "requeue 7\n")):
+        done = subprocess.run(
+            ["bash", tmp_path / "job.sh"], capture_output=True, text=True, check=False,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUS": str(status),
+                 "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "2"},
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (status, said, "")
     (line,) = re.findall(r"^srun sweep (.*)$", script, flags=re.M)
     assert_parses(shlex.split(line))
 

@@ -20,7 +20,7 @@ from sweeps.figures.parts import (
 )
 
 FORGOTTEN = 0.1
-"""Accuracy up to which a caption counts a device as forgotten: a guess's among ten classes."""
+"""Accuracy up to which a caption counts a device as forgotten."""
 
 
 def device_accuracies(entries: list[Entry]) -> Figure | None:
@@ -29,11 +29,7 @@ def device_accuracies(entries: list[Entry]) -> Figure | None:
     Nothing where all devices are of one kind: what lies between them is then a matter of the
     validation images.
     """
-    shown = [
-        e
-        for e in entries
-        if len(e.study.device_accuracies) > 1 and e.study.config.split not in ("iid", "quantity")
-    ]
+    shown = [e for e in entries if len(e.study.device_accuracies) > 1 and e.study.devices_differ]
     if not shown:
         return None
     traces: list[dict[str, Any]] = []
@@ -47,7 +43,7 @@ def device_accuracies(entries: list[Entry]) -> Figure | None:
                 # From the worst device to the best, whatever their number.
                 "x": [index / (len(found) - 1) for index in range(len(found))],
                 "y": list(found),
-                "text": [f"device {n} of {len(found)}" for n in range(1, len(found) + 1)],
+                "text": [f"{n} of {len(found)}, from the worst" for n in range(1, len(found) + 1)],
                 "hovertemplate": plain(entry.name) + "<br>%{text}: %{y:.4f}<extra></extra>",
                 "line": {"color": entry.colour, "dash": entry.dash, "width": 1.5},
                 "marker": {

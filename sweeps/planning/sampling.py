@@ -34,7 +34,7 @@ from data.dataset import Dataset, made_dataset
 from data.folders import cache_dir
 from data.sources import load_dataset, outline
 from storage.checkpoints import CheckpointStore
-from storage.engine import open_storage
+from storage.engine import close_storage, open_storage
 from sweeps.assembly import dataset_identity
 from sweeps.config import TrialConfig, Value
 from sweeps.errors import SweepError, first_line
@@ -82,7 +82,8 @@ class Samplers:
 
     def __enter__(self) -> Samplers:
         self._folder = Path(self._stack.enter_context(throwaway_folder()))
-        self._store = open_storage(f"sqlite:///{self._folder / 'sweep.db'}")
+        self._url = f"sqlite:///{self._folder / 'sweep.db'}"
+        self._store = open_storage(self._url)
         self._began = time.perf_counter()
         for slot in self._slots:
             self._processes.append(self._start(slot))
@@ -93,6 +94,8 @@ class Samplers:
             process.kill()
         for process in self._processes:
             process.communicate()
+        # On a network folder an open file would stand in the way of removing its folder.
+        close_storage(self._store, self._url)
         self._stack.close()
 
     @property
