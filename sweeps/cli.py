@@ -6,7 +6,6 @@ answers at once. Exit status: 0 done, 1 failed, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -22,7 +21,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sweeps.errors import SpecError, SweepError
+from sweeps.errors import SweepError
+from sweeps.exits import is_full_disk, told_of
+from sweeps.options import (
+    AUTO,
+    DEFAULT_STORAGE,
+    DataDir,
+    GpusPerWorker,
+    Json,
+    Name,
+    On,
+    Overrides,
+    PlannedWorkers,
+    Quick,
+    Storage,
+    Workers,
+    WorkersOfRuns,
+    wanted,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,11 +46,6 @@ if TYPE_CHECKING:
     from sweeps.launch import Place
     from sweeps.spec import SweepSpec
     from sweeps.stopping import StopRequest
-
-DEFAULT_STORAGE = "sqlite:///sweep.db"
-
-AUTO: Any = "auto"
-"""As many workers as the place has use for: -1 once parsed, which commands hand on as None."""
 
 
 class PictureFormat(StrEnum):
@@ -55,8 +66,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         from importlib import metadata
 
         typer.echo(f"sweep {metadata.version('sweep')}")
@@ -71,101 +82,6 @@ def _options(
     ] = False,
 ) -> None:
     """Hyperparameter sweeps for training without Batch Normalization on non-IID data."""
-
-
-Storage = Annotated[
-    str,
-    typer.Option(
-        "--storage",
-        envvar="SWEEP_STORAGE",
-        help="The store: SQLAlchemy URL of a database, or grpc://HOST:PORT of sweep serve.",
-    ),
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        envvar="SWEEP_DATA_DIR",
-        help="Where the data set is (or goes): for `images`, the folder or zip itself.",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the sweep; repeatable."),
-]
-Quick = Annotated[bool, typer.Option("--quick", help="The sweep's small version, for a CPU.")]
-Name = Annotated[str | None, typer.Option("--name", help="Keep the sweep under this name.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-
-
-def _parse_workers(text: str) -> int:
-    if text == "auto":
-        return -1
-    if not text.isdecimal():
-        raise typer.BadParameter(
-            f"{text!r} is no number of workers; accepted: auto, 0, 1, 2 and so on"
-        )
-    return int(text)
-
-
-def _parse_planned_workers(text: str) -> int:
-    if text != "auto" and (not text.isdecimal() or int(text) == 0):
-        raise typer.BadParameter(
-            f"{text!r} is no number of workers; accepted: auto, 1, 2 and so on"
-        )
-    return _parse_workers(text)
-
-
-def _wanted(workers: int) -> int | None:
-    return None if workers < 0 else workers
-
-
-Workers = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        parser=_parse_workers,
-        metavar="N",
-        help="Worker processes; auto is as many as cores, GPUs, memory and trials have use for; "
-        "0 leaves all to workers that join from elsewhere.",
-    ),
-]
-PlannedWorkers = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        parser=_parse_planned_workers,
-        metavar="N",
-        help="Worker processes; auto is as many as cores, GPUs, memory and trials have use for.",
-    ),
-]
-WorkersOfRuns = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        parser=_parse_workers,
-        metavar="N",
-        help="Worker processes; auto is one a GPU; without GPUs, as cores, memory and runs allow; "
-        "0 leaves all to workers that join from elsewhere.",
-    ),
-]
-On = Annotated[
-    str,
-    typer.Option(
-        "--on",
-        metavar="PLACE",
-        help="Where workers run: local, ray, or ray=ADDRESS for a Ray cluster.",
-    ),
-]
-GpusPerWorker = Annotated[
-    float | None,
-    typer.Option(
-        "--gpus-per-worker",
-        metavar="SHARE",
-        show_default=False,
-        help="With --on ray: the share of a GPU that each worker takes, from 0 to 1.",
-    ),
-]
 
 
 @app.command(rich_help_panel="Run")
@@ -198,13 +114,13 @@ def start(
     spec = _load(sweep, storage_url, quick, overrides, name)
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
-        _expect(place, spec, _wanted(workers), storage_url, data_dir)
+        _expect(place, spec, wanted(workers), storage_url, data_dir)
         # After the spec, so that a mistake in it shows before PyTorch has loaded.
         with _stderr().status("loading PyTorch and Optuna"):
             from sweeps.run import run_sweep
 
         code = run_sweep(
-            spec, storage_url, data_dir=data_dir, workers=_wanted(workers), place=place,
+            spec, storage_url, data_dir=data_dir, workers=wanted(workers), place=place,
             add_trials=add_trials or 0, again=shlex.join(again), yes=yes, out=_stdout(),
             err=_stderr(),
         )  # fmt: skip
@@ -235,7 +151,7 @@ def confirm(
     again = ["sweep", *sys.argv[1:]]
     with placed as place:
         code = confirm_sweep(
-            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=_wanted(workers),
+            sweep, storage_url, top=top, seeds=seeds, data_dir=data_dir, workers=wanted(workers),
             place=place, again=shlex.join(again), out=_stdout(), err=_stderr(),
             print_json=_print_json if as_json else None,
         )  # fmt: skip
@@ -272,7 +188,7 @@ def plan(
         from sweeps.progress import print_line
 
     planned = plan_sweep(
-        spec, storage_url, data_dir=data_dir, workers=_wanted(workers), device=device,
+        spec, storage_url, data_dir=data_dir, workers=wanted(workers), device=device,
         threads=threads, seconds=seconds, began=began, err=_stderr(),
     )  # fmt: skip
     if as_json:
@@ -644,52 +560,32 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # Typer does not export the class of all usage errors, only this child of it.
-    usage_error = typer.BadParameter.__base__
-    assert usage_error is not None
     # Of which a command that has not come to its own handler yet ends as of Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(prog_name="sweep", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except SpecError as error:
-        _fail(error, 2)
-    except SweepError as error:
-        _fail(error, 1)
     except BrokenPipeError:
         # The reader of our output went away, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     except Exception as error:
-        if isinstance(error, usage_error):
-            message = str(error.format_message())  # type: ignore[attr-defined]
-            if not message:  # `sweep` alone has shown its help
-                sys.exit(2)
-            message = message.replace("Value error, ", "")  # pydantic's, which Typer passes on
-            message = message.removesuffix(".")
-            stop = "" if message.endswith("?") else ";"
-            _fail(f"{message}{stop} sweep --help lists what there is", 2)
-        # By name, as importing the leaves' own errors would load PyTorch for every mistake.
-        names = {cls.__name__ for cls in type(error).__mro__}
-        if "StorageURLError" in names:
-            _fail(error, 2)
-        if names & {"StorageError", "DataError", "CheckpointError"}:
-            _fail(error, 1)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" {error.filename}" if error.filename else ""
-            # What Python still holds for the output would fail again at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _fail(f"cannot write{where} ({error.strerror}); free some space there", 1)
-        if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
-            from storage.retries import reason
-
-            if "RpcError" in names:  # the server has said what to do
-                _fail(f"the database failed: {reason(error)}", 1)
-            advice = "check it or restore a copy, then run this again"
-            _fail(f"the database failed ({reason(error)}); {advice}", 1)
-        raise
+        told = told_of(error)
+        if told is None:
+            raise
+        if is_full_disk(error):
+            _drop_output()
+        message, code = told
+        if message is None:
+            sys.exit(code)
+        _fail(message, code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _drop_output() -> None:
+    # What Python still holds for the output would fail again at the end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: object, code: int) -> None:

@@ -1,0 +1,56 @@
+"""What people are told of an error that ends a command, and its exit status."""
+
+from __future__ import annotations
+
+import errno
+
+import typer
+
+from sweeps.errors import SpecError, SweepError
+
+# Typer does not export the class of all usage errors, only this child of it.
+_USAGE_ERROR = typer.BadParameter.__base__
+
+
+def told_of(error: Exception) -> tuple[str | None, int] | None:
+    """One line for people, or None where all is said, and the exit status.
+
+    Returns:
+        None if the error is nobody's mistake but ours.
+    """
+    if isinstance(error, SpecError):
+        return str(error), 2
+    if isinstance(error, SweepError):
+        return str(error), 1
+    assert _USAGE_ERROR is not None
+    if isinstance(error, _USAGE_ERROR):
+        message = str(error.format_message())  # type: ignore[attr-defined]
+        if not message:  # `sweep` alone has shown its help
+            return None, 2
+        message = message.replace("Value error, ", "")  # pydantic's, which Typer passes on
+        message = message.removesuffix(".")
+        stop = "" if message.endswith("?") else ";"
+        return f"{message}{stop} sweep --help lists what there is", 2
+    # By name, as importing the leaves' own errors would load PyTorch for every mistake.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "StorageURLError" in names:
+        return str(error), 2
+    if names & {"StorageError", "DataError", "CheckpointError"}:
+        return str(error), 1
+    if is_full_disk(error):
+        assert isinstance(error, OSError)
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot write{where} ({error.strerror}); free some space there", 1
+    if names & {"SQLAlchemyError", "StorageInternalError", "RpcError"}:
+        from storage.retries import reason
+
+        if "RpcError" in names:  # the server has said what to do
+            return f"the database failed: {reason(error)}", 1
+        advice = "check it or restore a copy, then run this again"
+        return f"the database failed ({reason(error)}); {advice}", 1
+    return None
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write found no room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
