@@ -96,7 +96,10 @@ def read_table(name: str) -> tuple[dict[str, Any], str]:
         if _place(base) in places:
             raise SpecError(f"{' extends '.join(read)}: a sweep cannot extend itself")
         places.add(_place(base))
+        studies_alone = "each" in table and "try" not in table
         table = _overlay(_without_moved(extended, table), table)
+        if studies_alone:
+            _drop_tries_without_study(table)
     return table, found
 
 
@@ -242,7 +245,7 @@ def _override(table: dict[str, Any], text: str) -> None:
 
 
 def _drop_tries_without_study(table: dict[str, Any]) -> None:
-    """Leave out the tries of studies that `--set each…` took away."""
+    """Leave out the tries of studies that another `each` took away."""
     cells = parse_each(table.get("each", {}))
 
     def applies(entry: Any) -> bool:

@@ -250,6 +250,15 @@ def test_enumerating_less_drops_the_tries_of_what_is_left_out(tmp_path: Path) ->
     assert len(specfiles.load(path, overrides=["each.global_batch_size=[80]"]).tries) == 1
 
 
+def test_enumerating_less_than_what_is_extended_drops_its_tries(tmp_path: Path) -> None:
+    write(tmp_path / "mine.toml", SMALL)
+    above = {"extends": "mine.toml", "each": {"global_batch_size": [320]}}
+    assert specfiles.load(write(tmp_path / "above.toml", above)).tries == ()
+    own = {"label": "own", "when": {"global_batch_size": 80}, "peak_lr": 0.1}
+    with pytest.raises(SpecError, match="'own': no study of"):
+        specfiles.load(write(tmp_path / "above.toml", {**above, "try": [own]}))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
