@@ -23,6 +23,7 @@ from data.sources import load_dataset
 from data.splits import split_devices
 from models import build_model, classifier_parameters, parameter_groups, stacked_forward
 from sweeps.config import TrialConfig, Value
+from sweeps.execution import autocast_dtype, compiles, memory_format
 from sweeps.training.federated import FederatedAveraging, FederatedSettings
 from sweeps.training.loop import Training, evaluate
 from sweeps.training.rounds import SGDSettings, SynchronousSGD
@@ -159,6 +160,10 @@ class Assembly:
         model = build_model(**self.network(config, seed))
         return model.to(self.device).to(memory_format=self._memory_format(config)).train()
 
+    def autocast_dtype(self, config: TrialConfig) -> torch.dtype | None:
+        """What a config's forward passes are computed in; None for the parameters' own."""
+        return autocast_dtype(config, self.device, self._image_side)
+
     def network(self, config: TrialConfig, seed: int) -> dict[str, Any]:
         """The arguments of `build_model` that make a config's network, plain values.
 
@@ -222,7 +227,7 @@ class Assembly:
         """
         model, batches = self.model(config, seed), self.batches(config, seed)
         prepared = self.prepared(config)
-        dtype = autocast_dtype(config, self.device)
+        dtype = self.autocast_dtype(config)
         groups, classifier = parameter_groups(model), classifier_parameters(model)
         algorithm: SynchronousSGD | FederatedAveraging
         if config.algorithm == "sync-sgd":
@@ -283,7 +288,7 @@ class Assembly:
             model,
             batches,
             source.test_labels.to(self.device),
-            autocast_dtype=autocast_dtype(config, self.device),
+            autocast_dtype=self.autocast_dtype(config),
         ).accuracy
 
     def device_accuracies(
@@ -357,7 +362,11 @@ class Assembly:
         )
 
     def _memory_format(self, config: TrialConfig) -> torch.memory_format:
-        return _memory_format(config, self.device, self.dataset.train_images.shape[2])
+        return memory_format(config, self.device, self._image_side)
+
+    @property
+    def _image_side(self) -> int:
+        return self.dataset.train_images.shape[2]
 
 
 def open_dataset(
@@ -455,44 +464,3 @@ def _schedule(config: TrialConfig, updates: int) -> Schedule:
         exponential_gamma=config.exponential_gamma,
         updates_per_epoch=updates,
     )
-
-
-def _memory_format(config: TrialConfig, device: torch.device, side: int) -> torch.memory_format:
-    """The layout of a trial's images, of `side` pixels, and of its network."""
-    if config.algorithm != "sync-sgd":
-        return torch.contiguous_format  # torch.func.vmap handles no other throughout
-    if ":" in config.model:
-        return torch.contiguous_format  # a user's own code may view a tensor as another shape
-    if device.type != "cpu":
-        return torch.channels_last
-    narrow = config.model != "resnet18" or config.width_factor < 1
-    # On CPUs PyTorch's Group Normalization is slower on channels-last tensors, which narrow
-    # networks do not win back in their convolutions.
-    if config.norm in ("group", "layer", "instance") and narrow:
-        return torch.contiguous_format
-    # Each device's own Batch Normalization is a call for each of them there, and small maps take
-    # longer. A contiguous step of ResNet-18 against a channels-last one, as devices x images: 1.05
-    # (10x8) and 1.22 (100x2) with images of 32x32, 0.86 (10x8) of 16x16, 0.83 and 0.75 of 8x8; of
-    # width 0.25 1.10 with 32x32, of 0.5 0.83 with 8x8; ResNet-20 with 32x32 0.99.
-    if config.norm == "batch" and (narrow or side < 32):
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def compiles(config: TrialConfig, device: torch.device) -> bool:
-    """Whether a trial's network is compiled."""
-    if config.compile != "auto":
-        return config.compile == "on"
-    # On CPUs it takes as long as a short trial, and Fixup is slower with it.
-    return device.type == "cuda" and config.algorithm == "sync-sgd" and ":" not in config.model
-
-
-def autocast_dtype(config: TrialConfig, device: torch.device) -> torch.dtype | None:
-    """What a config's forward passes are computed in; None for the parameters' own."""
-    if config.precision == "float32":
-        return None
-    if config.precision == "bfloat16":
-        return torch.bfloat16
-    # CPUs without bfloat16 units emulate it, tens of times slower, and so do GPUs before Ampere.
-    has_units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_units else None

@@ -404,8 +404,9 @@ class TrialConfig:
     )  # fmt: skip
     precision: str = _setting(
         "auto",
-        "`auto` is bfloat16 autocast where a GPU has it and float32 elsewhere. `float32` leaves "
-        "convolutions on a GPU PyTorch's default, TF32.",
+        "`auto` is bfloat16 autocast where a GPU has it, and where a CPU has AMX and images are of "
+        "16x16 or more, and float32 elsewhere: name one where workers of several machines share a "
+        "sweep. `float32` leaves convolutions on a GPU PyTorch's default, TF32.",
         str,
         choices=("auto", "float32", "bfloat16"),
     )

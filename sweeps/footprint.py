@@ -18,6 +18,11 @@ COPIES_OF_WEIGHTS = 5
 MUON_COPIES = 4
 """What Muon's step takes beside them while it orthogonalises: of four layers alike, 3.5 copies."""
 
+ACTIVATIONS_SHARE = 2
+"""What a step takes at its peak for each byte that the layers keep: gradients of maps, what kernels
+take, and holes, as a worker keeps what it frees. Measured: ResNet-18 on 320 and 640 images of 32x32
+1.6 in float32 and 2.0 in bfloat16; ResNet-8 on 2,048 of 16x16 2.4 and 2.7, of 0.3 and 0.15 GB."""
+
 COUNTED_IMAGES = 8
 
 
@@ -47,11 +52,13 @@ def worker_bytes(assembly: Assembly, config: TrialConfig, *, cuda: bool) -> int:
     if cuda:
         return CUDA_PROCESS_BYTES + resident
     few = prepared.val_images[0][:COUNTED_IMAGES].clone()
+    dtype = assembly.autocast_dtype(config)
     try:
         model = assembly.model(config, config.seed)
-        kept = saved_bytes(model.eval(), few)
-        # What does not grow with the batch, as the product of a weight and Fixup's scale.
-        of_batch = saved_bytes(model, torch.cat([few, few])) - kept
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            kept = saved_bytes(model.eval(), few)
+            # What does not grow with the batch, as the product of a weight and Fixup's scale.
+            of_batch = saved_bytes(model, torch.cat([few, few])) - kept
     except Exception:  # what is wrong with it, its first trial says
         return 0
     weights = sum(p.nbytes for p in model.parameters())
@@ -61,7 +68,7 @@ def worker_bytes(assembly: Assembly, config: TrialConfig, *, cuda: bool) -> int:
     if config.algorithm == "scaffold":  # control variates, absent devices' too
         trained += 2 * config.num_devices * weights
     activations = kept + of_batch * (config.global_batch_size - len(few)) // len(few)
-    return PROCESS_BYTES + resident + trained + activations
+    return PROCESS_BYTES + resident + trained + ACTIVATIONS_SHARE * activations
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:

@@ -23,10 +23,13 @@ ALLOWED = {
     "models": {"models"},
     "storage": {"storage"},
     "sweeps.training": {"sweeps.training"},
-    "sweeps.assembly": {"data", "models", "sweeps.config", "sweeps.training"},
+    "sweeps.assembly": {
+        "data", "models", "sweeps.config", "sweeps.execution", "sweeps.training",
+    },
     "sweeps.epochs": {"storage", "sweeps.objective", "sweeps.training"},
     "sweeps.footprint": {"sweeps.assembly", "sweeps.config", "sweeps.machine"},
     "sweeps.errors": set(),
+    "sweeps.execution": {"models", "sweeps.config"},
     "sweeps.failures": set(),
     "sweeps.files": set(),
     "sweeps.holding": {

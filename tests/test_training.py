@@ -25,9 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batches import DeviceBatches
 from models import build_model, parameter_groups
-from sweeps.assembly import Assembly, compiles, open_dataset
+from sweeps.assembly import Assembly, open_dataset
 from sweeps.config import TrialConfig
-from sweeps.errors import SpecError
 from sweeps.objective import Objective
 from sweeps.training import rounds
 from sweeps.training.compiled import CompiledNetwork
@@ -544,18 +543,6 @@ def test_a_gpu_that_is_full_says_nothing_of_what_can_be_compiled(
     list(training(1, compiled=True)[0].run())
     assert calls == 2
     torch._dynamo.reset()
-
-
-def test_networks_are_compiled_on_gpus_alone_unless_asked_for() -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert compiles(TrialConfig.build({}), gpu)
-    assert not compiles(TrialConfig.build({}), cpu)
-    assert not compiles(TrialConfig.build({"compile": "off"}), gpu)
-    assert compiles(TrialConfig.build({"compile": "on"}), cpu)
-    assert not compiles(TrialConfig.build({"model": "mine:network"}), gpu)
-    assert not compiles(TrialConfig.build({"algorithm": "fedavg"}), gpu)
-    with pytest.raises(SpecError, match="it belongs to 'sync-sgd'"):
-        TrialConfig.build({"algorithm": "fedavg", "compile": "on"})
 
 
 class NoWaiting(TorchDispatchMode):

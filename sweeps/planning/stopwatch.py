@@ -20,7 +20,7 @@ import torch
 
 from data.dataset import Dataset
 from storage.checkpoints import CheckpointStore
-from sweeps.assembly import Assembly, autocast_dtype
+from sweeps.assembly import Assembly
 from sweeps.config import TrialConfig
 from sweeps.errors import SweepError, first_line, kind_and_line
 from sweeps.objective import Objective, Progress
@@ -281,7 +281,7 @@ class Stopwatch(Objective):
                 network,
                 [prepared.val_images[0][:few]],
                 labels,
-                autocast_dtype=autocast_dtype(self._config, self._device),
+                autocast_dtype=self._made.autocast_dtype(self._config),
             )
             took = time.perf_counter() - began
             if took > self._seconds / 4:

@@ -1,7 +1,7 @@
 """The trial engine against plain PyTorch: images, epochs, convolutions, federated rounds, a GPU.
 
-    python tests/benchmarks/engine.py [--rows data epoch convolutions fedavg gpu] [--rounds 5]
-        [--fast] [--only TEXT] [--json FILE]
+    python tests/benchmarks/engine.py [--rows data epoch convolutions fedavg bfloat16 gpu]
+        [--rounds 5] [--fast] [--only TEXT] [--json FILE]
 
 Plain PyTorch is what its users write: a `torchvision` data set of PIL images behind a
 `DataLoader` with `transforms`, an eager loop in the default layout that makes one pass for each
@@ -24,6 +24,8 @@ the clock would show at the least, on two cores that have nothing else to do.
   not count. Target 0.85.
 - fedavg: a round of 10 devices and 5 local steps; against a loop over D networks with an optimizer
   each. Target 4 on the smallest network, and nowhere below 0.95.
+- bfloat16: a step as a worker takes it on a CPU that multiplies in bfloat16, against ours in
+  float32, which all rows above are in. Target 1.
 - gpu: ResNet-18 at 32x32 on a GPU: images/s and peak memory, against the plain loop on that GPU,
   with 2 loading workers and the same deterministic cuDNN. Target 10, and 40,000 images/s.
 """
@@ -57,6 +59,7 @@ from data.dataset import Dataset
 from models import build_model
 from sweeps.assembly import Assembly, open_dataset
 from sweeps.config import TrialConfig
+from sweeps.execution import has_matrix_units
 from sweeps.process import prepare_process
 from sweeps.training.loop import Evaluation
 
@@ -354,7 +357,10 @@ def convolutions_row(args: argparse.Namespace) -> Iterator[Row]:
     batch = 32 if args.fast else 128
     dataset = made_up(batch, 32)
     for norm in ("group", "fixup", "batch"):
-        config = trial(model="resnet18", norm=norm, global_batch_size=batch, num_devices=4)
+        config = trial(
+            model="resnet18", norm=norm, global_batch_size=batch, num_devices=4,
+            precision="float32",
+        )  # fmt: skip
         ours = Ours(config, dataset, CPU)
         # Fixup's are the same ones, but not called as modules.
         layers = convolution_shapes(
@@ -408,6 +414,7 @@ def fedavg_row(args: argparse.Namespace) -> Iterator[Row]:
         config = trial(
             model=model, width_factor=width, norm=norm, num_groups=groups, augment="none",
             algorithm="fedavg", local_steps=steps, global_batch_size=D * per_device,
+            precision="float32",
         )  # fmt: skip
         ours = Ours(config, dataset, CPU)
         devices = [network(model, norm, width, dataset, groups) for _ in range(D)]
@@ -427,6 +434,34 @@ def fedavg_row(args: argparse.Namespace) -> Iterator[Row]:
         )
         tiny = (model, width, side, per_device, norm) in small
         yield row("fedavg", case, "rounds/s", 1, own, other, 4 if tiny else 0.95)
+
+
+def bfloat16_row(args: argparse.Namespace) -> Iterator[Row]:
+    """What a CPU gains by its bfloat16 units."""
+    if not has_matrix_units():
+        print("bfloat16     not run: no AMX", flush=True)
+        return
+    cases = [("resnet18", 1.0, 32, 80, {}), ("resnet18", 0.25, 16, 160, {}),
+             ("resnet8", 1.0, 16, 320, {}), ("resnet8", 0.5, 16, 80, {}),
+             ("resnet8", 1.0, 16, 160, {"algorithm": "fedavg", "local_steps": 3}),
+             ("resnet18", 0.125, 16, 160, {"algorithm": "fedavg", "local_steps": 3})]  # fmt: skip
+    for model, width, side, batch, more in cases[2:] if args.fast else cases:
+        dataset = made_up(3 * batch, side)
+        for norm in ("group", "fixup", "batch"):
+            ours, other = (
+                Ours(
+                    trial(
+                        model=model, width_factor=width, norm=norm, num_groups=4,
+                        global_batch_size=batch, precision=precision, **more,
+                    ),
+                    dataset,
+                    CPU,
+                )
+                for precision in ("auto", "float32")
+            )  # fmt: skip
+            own, (whole,) = take_turns(ours, [other], rounds=args.rounds)
+            case = f"{model} x{width:g}, {side}x{side}, {more.get('algorithm', batch)}, {norm}"
+            yield row("bfloat16", case, "images/s", 3 * batch, own, whole, 1)
 
 
 def weights_of(model: nn.Module) -> int:
@@ -508,7 +543,7 @@ def gpu_row(args: argparse.Namespace) -> Iterator[Row]:
 
 ROWS = {
     "data": data_row, "epoch": epoch_row, "convolutions": convolutions_row,
-    "fedavg": fedavg_row, "gpu": gpu_row,
+    "fedavg": fedavg_row, "bfloat16": bfloat16_row, "gpu": gpu_row,
 }  # fmt: skip
 
 
