@@ -55,6 +55,10 @@ class Objective:
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
 
+    def precision(self, config: TrialConfig) -> str:
+        """What a config's forward passes are computed in here: `float32` or `bfloat16`."""
+        return "float32" if self._assembly.autocast_dtype(config) is None else "bfloat16"
+
     def run(
         self,
         config: TrialConfig,

@@ -36,7 +36,8 @@ def load(
         SpecError: if there is no such sweep, or anything in it is wrong, or it is called as a
             confirmation is.
     """
-    table, found = read_table(name)
+    table, found, depths = _read_all(name)
+    fewer = _enumerates_above_tries(depths, quick=quick)
     if quick:
         overlay = table.get("quick")
         if not isinstance(overlay, dict):
@@ -51,7 +52,7 @@ def load(
         # A mistake in it shows now, not when somebody is in a hurry.
         load(name, quick=True)
     table.pop("quick", None)
-    spec = _overridden(table, overrides, found if rename is None else rename)
+    spec = _overridden(table, overrides, found if rename is None else rename, fewer=fewer)
     refuse_confirmations_name(spec.name)
     return spec
 
@@ -83,23 +84,7 @@ def read_table(name: str) -> tuple[dict[str, Any], str]:
     Raises:
         SpecError: if one of them does not exist or is not TOML, or they extend each other.
     """
-    table, found = _read_one(name)
-    read, places = [name], {_place(name)}
-    while "extends" in table:
-        base = table.pop("extends")
-        if not isinstance(base, str):
-            raise SpecError(f"extends = {base!r} is not the name of a preset or a file")
-        if base.endswith(".toml"):
-            base = str(Path(read[-1]).parent / base)
-        extended, _ = _read_one(base)
-        read.append(base)
-        if _place(base) in places:
-            raise SpecError(f"{' extends '.join(read)}: a sweep cannot extend itself")
-        places.add(_place(base))
-        studies_alone = "each" in table and "try" not in table
-        table = _overlay(_without_moved(extended, table), table)
-        if studies_alone:
-            _drop_tries_without_study(table)
+    table, found, _ = _read_all(name)
     return table, found
 
 
@@ -120,10 +105,52 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
 
 
-def _overridden(table: dict[str, Any], overrides: Sequence[str], name: str) -> SweepSpec:
+def _read_all(name: str) -> tuple[dict[str, Any], str, dict[str, int]]:
+    """What `read_table` gives, and by how many `extends` each of some parts is away."""
+    table, found = _read_one(name)
+    read, places = [name], {_place(name)}
+    depths: dict[str, int] = {}
+    _note_depths(table, 0, depths)
+    while "extends" in table:
+        base = table.pop("extends")
+        if not isinstance(base, str):
+            raise SpecError(f"extends = {base!r} is not the name of a preset or a file")
+        if base.endswith(".toml"):
+            base = str(Path(read[-1]).parent / base)
+        extended, _ = _read_one(base)
+        read.append(base)
+        if _place(base) in places:
+            raise SpecError(f"{' extends '.join(read)}: a sweep cannot extend itself")
+        places.add(_place(base))
+        _note_depths(extended, len(places) - 1, depths)
+        table = _overlay(_without_moved(extended, table), table)
+    return table, found, depths
+
+
+def _note_depths(table: Mapping[str, Any], depth: int, depths: dict[str, int]) -> None:
+    quick = table.get("quick")
+    for part in ("each", "try"):
+        if part in table:
+            depths.setdefault(part, depth)
+        if isinstance(quick, dict) and part in quick:
+            depths.setdefault(f"quick.{part}", depth)
+
+
+def _enumerates_above_tries(depths: Mapping[str, int], *, quick: bool) -> bool:
+    """Whether `each` overrides one that the tries were written for."""
+    each, tries = (f"quick.{p}" if quick and f"quick.{p}" in depths else p for p in ("each", "try"))
+    if each not in depths or tries not in depths:
+        return False
+    return depths[each] < depths[tries] or (each != "each" and tries == "try")
+
+
+def _overridden(
+    table: dict[str, Any], overrides: Sequence[str], name: str, *, fewer: bool = False
+) -> SweepSpec:
+    """Apply `--set`; `fewer` if the table itself may enumerate less than its tries are for."""
     for text in overrides:
         _override(table, text)
-    if any(text.lstrip().startswith("each") for text in overrides):
+    if fewer or any(text.lstrip().startswith("each") for text in overrides):
         _drop_tries_without_study(table)
     return SweepSpec.from_table(table, name=name)
 

@@ -208,6 +208,7 @@ class Worker:
         state, value = TrialState.PRUNED, None
         attrs: dict[str, Any] = {}
         of_devices: list[float | None] = []
+        where: dict[str, Any] = {}
         reporter: Reporter | None = None
         confirms = bool(sweep.spec.confirms)
         try:
@@ -217,6 +218,7 @@ class Worker:
                 self._checkpoints.delete(key)
             trial, config = self._begin(sweep, study, claim)
             objective = self._objective(study, config)
+            where["precision"] = objective.precision(config)
             last_step = config.epochs * sweep.spec.budget.seeds
             reporter = self._reporter(sweep, claim, trial, objective, config, key, last_step)
             value = objective.run(
@@ -282,7 +284,7 @@ class Worker:
         if state == TrialState.PRUNED and reporter is not None:
             value = objective.chance if confirms else reporter.last_score
         attrs[SECONDS] = round(time.monotonic() - started, 3)
-        where = {**provenance(self._options.device), "data_fingerprint": study.fingerprint}
+        where |= provenance(self._options.device) | {"data_fingerprint": study.fingerprint}
         of_system = {PROVENANCE: where, **({DEVICE_ACCURACIES: of_devices} if of_devices else {})}
         if lost.is_set() or not self._queue.finish(
             claim, state, value, user_attrs=attrs, system_attrs=of_system

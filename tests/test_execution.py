@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,31 @@ def test_cpus_compute_in_bfloat16_where_they_have_units_for_it_and_images_are_la
     assert autocast_dtype(TrialConfig.build({"precision": "bfloat16"}), CPU, 8) is torch.bfloat16
 
 
+def test_networks_of_users_stay_in_float32_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast on CPUs knows fewer operations than on GPUs."""
+    monkeypatch.setattr(execution, "has_matrix_units", lambda: True)
+    assert autocast_dtype(TrialConfig.build({"model": "mine:network"}), CPU, 32) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "has_units"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16 avx512_bf16 amx_tile amx_int8\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx512_bf16\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", False),
+        (None, False),
+    ],
+    ids=["AMX", "AVX-512", "ARM", "no Linux"],
+)
+def test_units_are_those_that_linux_offers(
+    text: str | None, has_units: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(execution, "CPUINFO", tmp_path / "cpuinfo")
+    assert execution.has_matrix_units.__wrapped__() is has_units
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_layouts_are_for_synchronous_trainings_of_our_own_networks(precision: str) -> None:
     def layout(**settings: Any) -> torch.memory_format:
@@ -53,24 +79,30 @@ def test_layouts_are_for_synchronous_trainings_of_our_own_networks(precision: st
 
 
 @pytest.mark.parametrize(
-    ("norm", "algorithm"),
+    ("norm", "settings"),
     [
-        *((n, "sync-sgd") for n in ("batch", "sync-batch", "group", "layer", "instance", "fixup")),
-        ("batch", "fedavg"), ("group", "fedavg"), ("fixup", "scaffold"),
+        *((n, {}) for n in ("batch", "sync-batch", "group", "layer", "instance", "fixup")),
+        ("batch", {"model": "resnet20"}),  # channels-last: runs of a device's images
+        ("fixup", {"optimizer": "muon"}),
+        ("batch", {"algorithm": "fedavg", "local_steps": 5}),
+        ("group", {"algorithm": "fedavg", "local_steps": 5, "virtual_features": 0.1}),
+        ("fixup", {"algorithm": "scaffold", "local_steps": 5}),
     ],
-)  # fmt: skip
-def test_a_training_in_bfloat16_learns_what_one_in_float32_does(norm: str, algorithm: str) -> None:
+    ids=str,
+)
+def test_a_training_in_bfloat16_learns_what_one_in_float32_does(
+    norm: str, settings: dict[str, Any]
+) -> None:
     """On any CPU, though most emulate it; resumed, it goes on bit for bit."""
 
     def build(precision: str) -> TrialConfig:
-        local = {} if algorithm == "sync-sgd" else {"local_steps": 5}
         return TrialConfig.build(
             {
                 "dataset": "digits", "model": "resnet8", "width_factor": 0.25, "norm": norm,
                 "num_groups": 2, "num_devices": 4, "split": "iid", "global_batch_size": 32,
                 "num_train_images": 200, "validation_fraction": 0.2, "augment": "none",
-                "epochs": 2, "peak_lr": 0.02, "schedule": "constant", "algorithm": algorithm,
-                "precision": precision, **local,
+                "epochs": 2, "peak_lr": 0.02, "schedule": "constant", "precision": precision,
+                **settings,
             }
         )  # fmt: skip
 

@@ -250,13 +250,32 @@ def test_enumerating_less_drops_the_tries_of_what_is_left_out(tmp_path: Path) ->
     assert len(specfiles.load(path, overrides=["each.global_batch_size=[80]"]).tries) == 1
 
 
-def test_enumerating_less_than_what_is_extended_drops_its_tries(tmp_path: Path) -> None:
-    write(tmp_path / "mine.toml", SMALL)
-    above = {"extends": "mine.toml", "each": {"global_batch_size": [320]}}
-    assert specfiles.load(write(tmp_path / "above.toml", above)).tries == ()
-    own = {"label": "own", "when": {"global_batch_size": 80}, "peak_lr": 0.1}
-    with pytest.raises(SpecError, match="'own': no study of"):
-        specfiles.load(write(tmp_path / "above.toml", {**above, "try": [own]}))
+def test_enumerating_less_than_what_is_extended_leaves_its_other_tries_out(tmp_path: Path) -> None:
+    def path(name: str, table: dict[str, Any]) -> str:
+        return write(tmp_path / f"{name}.toml", table)
+
+    def tried(size: int) -> dict[str, Any]:
+        return {"label": f"at {size}", "when": {"global_batch_size": size}, "peak_lr": 0.1}
+
+    def labels(name: str, **given: Any) -> list[str]:
+        return [t.label for t in specfiles.load(str(tmp_path / f"{name}.toml"), **given).tries]
+
+    path("mine", {**SMALL, "try": [tried(80), tried(320)]})
+    few = {"extends": "mine.toml", "each": {"global_batch_size": [320]}}
+    path("few", few)
+    path("above", {"extends": "few.toml"})
+    for name in ("few", "above"):
+        assert labels(name) == ["at 320"]
+        assert labels(name, overrides=["each.global_batch_size=[80]"]) == ["at 80"]
+        assert labels(name, overrides=["each.global_batch_size=[80, 320]"]) == ["at 80", "at 320"]
+    with pytest.raises(SpecError, match="'at 80': no study of"):
+        specfiles.load(path("own", {**few, "try": [tried(80)]}))
+
+    path("quick", {**few, "quick": {"each": {"global_batch_size": [80]}}})
+    assert (labels("quick"), labels("quick", quick=True)) == (["at 320"], ["at 80"])
+    path("slow", {**SMALL, "try": [tried(80)], "quick": {"try": [tried(80), tried(320)]}})
+    path("small", {**few, "extends": "slow.toml"})
+    assert (labels("small"), labels("small", quick=True)) == ([], ["at 320"])
 
 
 @pytest.mark.parametrize(

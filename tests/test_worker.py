@@ -55,6 +55,7 @@ def test_the_budget_is_met_exactly_and_trials_say_what_they_were(tmp_path: Path)
         provenance = trial.system_attrs[PROVENANCE]
         assert provenance["optuna"] == optuna.__version__
         assert len(provenance["data_fingerprint"]) == 64
+        assert provenance["precision"] == "float32"
     assert len({t.params["peak_lr"] for t in found}) == 3
     assert len(list((tmp_path / "checkpoints").glob("*.pt*"))) == 1  # the best one's
 

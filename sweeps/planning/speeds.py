@@ -28,6 +28,7 @@ from storage.leases import LEASE_ATTR
 from storage.leases import count as count_of
 from sweeps.attributes import PROVENANCE, SECONDS
 from sweeps.config import TrialConfig
+from sweeps.execution import has_matrix_units
 from sweeps.machine import Slot
 from sweeps.planning.shapes import key_of
 from sweeps.studies import StoredSweep
@@ -140,6 +141,7 @@ def _kept_path(config: TrialConfig, slots: Sequence[Slot]) -> Path:
         # Workers on GPUs of their own are not in each other's way.
         "workers": sum(s.device == slot.device for s in slots),
         "threads": slot.threads,
+        "bfloat16": cuda or has_matrix_units(),
         "torch": torch.__version__,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -298,9 +298,11 @@ def row_memory(trials: int) -> dict[str, Any]:
 FOOTPRINT = """
 import sys, json, dataclasses, resource
 from pathlib import Path
+import itertools
 import torch
-torch.set_num_threads(1)
 import sweeps.run
+from sweeps.process import prepare_process
+prepare_process(torch.device("cpu"), 1)
 from data.dataset import made_dataset
 from data.sources import load_dataset, outline
 from sweeps.assembly import Assembly
@@ -311,10 +313,11 @@ none = Path("none")
 data = load_dataset(name) if name == "digits" else made_dataset(outline(name, data_dir=none))
 config = TrialConfig.build({"dataset": name, "model": model, "norm": "group", "num_groups": 2,
     "width_factor": width, "global_batch_size": batch, "num_devices": 4, "split": "iid",
-    "epochs": 1})
+    "epochs": 1, "precision": sys.argv[5]})
 planned = worker_bytes(Assembly(data, torch.device("cpu")), config, cuda=False)
 training = Assembly(data, torch.device("cpu")).training(config, 0)
-training._algorithm.round(next(iter(training._batches.epoch(0))), 0.0)
+for batch in itertools.islice(training._batches.epoch(0), 3):  # the first leaves fewer holes
+    training._algorithm.round(batch, 0.0)
 lines = dict(l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines())
 files = sum(int(lines[k].split()[0]) for k in ("RssFile", "RssShmem"))
 peak = int(lines["VmHWM"].split()[0])
@@ -324,18 +327,23 @@ print(json.dumps({"planned": planned / 1e6, "peak": (peak - files) * 1024 / 1e6}
 
 def row_footprint() -> dict[str, Any]:
     """Megabytes that a worker is planned to take, and its peak without the libraries' files."""
+    from sweeps.execution import has_matrix_units
+
     found = {}
     for case in (
-        ("digits", "resnet8", "128", "0.5"),
-        ("cifar10", "resnet18", "128", "1"),
-        ("cifar10", "resnet18", "2048", "1"),
+        ("digits", "resnet8", "128", "0.5", "float32"),
+        *(
+            ("cifar10", "resnet18", batch, "1", precision)
+            for batch in ("128", "1024")
+            for precision in ("float32", *(["bfloat16"] if has_matrix_units() else []))
+        ),
     ):
         done = subprocess.run(
             [sys.executable, "-c", FOOTPRINT, *case], cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        found[" ".join(case[:3])] = json.loads(done.stdout)
+        found[" ".join((*case[:3], case[4]))] = json.loads(done.stdout)
     return found
 
 
