@@ -46,8 +46,9 @@ def told_of(error: Exception) -> tuple[str | None, int] | None:
 
         if "RpcError" in names:  # the server has said what to do
             return f"the database failed: {reason(error)}", 1
-        advice = "check it or restore a copy, then run this again"
-        return f"the database failed ({reason(error)}); {advice}", 1
+        full = "disk is full" in reason(error)  # SQLite's words
+        advice = "free some space there" if full else "check it or restore a copy"
+        return f"the database failed ({reason(error)}); {advice}, then run this again", 1
     return None
 
 
