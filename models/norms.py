@@ -255,19 +255,26 @@ class DeviceBatchNorm2d(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """``nn.GroupNorm`` that stays in the activations' dtype under autocast.
-
-    Autocast would compute it in float32 and return float32, doubling the memory traffic of the
-    residual stream. The kernels accumulate their statistics in float32 for bfloat16 input anyway.
-    """
+    """``nn.GroupNorm`` that stays in the activations' dtype under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``[B, C, H, W]`` within each sample and group; keeps shape and dtype."""
-        if input.dtype == self.weight.dtype:
-            return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
-            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise ``[B, C, H, W]`` within each sample and group; keeps shape and dtype.
+
+    ``weight`` and ``bias`` are ``[C]``, in float32 also where the maps are bfloat16. Autocast would
+    compute and return float32 then, doubling the memory traffic of the residual stream.
+    """
+    if x.dtype == weight.dtype:
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    if not x.is_cpu:  # the kernels of GPUs take one dtype, and keep their statistics in float32
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    # Those of CPUs keep the statistics in the dtype of the weight.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.group_norm(x, num_groups, weight, bias, eps)
 
 
 def make_norm(

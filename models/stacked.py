@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.fixup import FixupBlock, FixupResNet
-from models.norms import DeviceBatchNorm2d
+from models.norms import DeviceBatchNorm2d, group_norm
 from models.resnet import ResidualBlock, ResNet, check_images, normalise_features
 
 Tensors = Mapping[str, Tensor]
@@ -115,11 +115,7 @@ class _Stack:
             var = self._tensors[at + ".running_var"].view(-1)
             return F.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
         assert isinstance(norm, nn.GroupNorm)
-        # In the maps' dtype, as `models.norms.GroupNorm`.
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(
-                x, self._devices * norm.num_groups, weight.to(x.dtype), bias.to(x.dtype), norm.eps
-            )
+        return group_norm(x, self._devices * norm.num_groups, weight, bias, norm.eps)
 
     def _add(self, x: Tensor, scalar: str) -> Tensor:
         added = self._scalar(scalar, x.dtype).view(-1, 1, 1, 1)

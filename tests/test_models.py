@@ -601,6 +601,22 @@ def test_autocast_keeps_activations_in_bfloat16(norm: str) -> None:
     assert (logits.float() - exact).norm() < 0.1 * exact.norm()
 
 
+def test_group_norm_keeps_its_statistics_in_float32_beside_bfloat16_maps() -> None:
+    layer, exact = GroupNorm(4, 16), GroupNorm(4, 16).double()
+    # Statistics in bfloat16 would lose most where the means are large.
+    x = (images(192, side=8).view(36, 16, 8, 8) + 5).bfloat16()
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x)
+    output.backward(gradient)
+    exact(x.double()).backward(gradient.double())
+    assert output.dtype == torch.bfloat16
+    for parameter, expected in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert expected.grad is not None
+        assert (parameter.grad - expected.grad).norm() < 1e-5 * expected.grad.norm()
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_different_models_run_under_vmap(norm: str) -> None:
     """Devices whose models have drifted apart can be evaluated side by side."""
