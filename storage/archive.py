@@ -13,11 +13,9 @@ read, and again while it is; checkpoints are loaded with ``weights_only=True``.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
-import secrets
 import struct
 import zipfile
 import zlib
@@ -29,7 +27,7 @@ from typing import Any
 
 from storage.archive_checks import parse_study
 from storage.archive_rows import ArchiveError, StudyRows
-from storage.checkpoints import CheckpointError, CheckpointStore, state_in
+from storage.checkpoints import state_in, sync_folder, temporary_of
 from storage.retries import reason
 
 FORMAT = "sweep archive"
@@ -127,7 +125,7 @@ def writing(path: Path, *, overwrite: bool) -> Iterator[ArchiveWriter]:
     """
     if overwrite:
         path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_of(path)
     try:
         try:
             with temporary.open("xb") as stream:
@@ -139,7 +137,7 @@ def writing(path: Path, *, overwrite: bool) -> Iterator[ArchiveWriter]:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise ArchiveError(
             f"cannot write {path} ({error.strerror or error}); choose a folder with room that you "
@@ -167,16 +165,6 @@ def exists_already(path: Path) -> ArchiveError:
     return ArchiveError(f"{path} exists already; name another file, or add --force to replace it")
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -189,8 +177,7 @@ class Archive:
         checkpoints: those in it.
     """
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
-        self._path = path
+    def __init__(self, archive: zipfile.ZipFile) -> None:
         self._zip = archive
         self._infos = self._check_members()
         manifest = self._manifest()
@@ -205,8 +192,9 @@ class Archive:
             self._members[member] = (size, digest)
         present = set(self._infos) - {MANIFEST}
         if odd := sorted(present ^ set(self._members)):
-            kind = "lacks" if odd[0] in self._members else "is not to hold"
-            raise ArchiveError(f"it {kind} {odd[0][:60]!r}, by its manifest")
+            is_listed = odd[0] in self._members
+            told = "lacks {}, which its manifest lists" if is_listed else "has {}, unlisted"
+            raise ArchiveError(f"it {told.format(repr(odd[0][:60]))}")
         for member, (size, _) in self._members.items():
             if self._infos[member].file_size != size:
                 raise ArchiveError(f"{member} is not as long as the manifest says")
@@ -252,7 +240,6 @@ class Archive:
         """
         content = self.checkpoint(entry)
         try:
-            _check_inner_zip(content)
             state_in(content)
         except MemoryError:
             raise
@@ -268,7 +255,7 @@ class Archive:
             raise ArchiveError(f"it has {len(infos)} members; accepted: {MAX_MEMBERS}")
         # Of a file that was cut short zipfile may find a checkpoint, which is a zip as well.
         if min((info.header_offset for info in infos), default=0) != 0:
-            raise ArchiveError("it is not a whole archive ; copy it again")
+            raise ArchiveError("it is not a whole archive; copy it again")
         size = os.fstat(self._zip.fp.fileno()).st_size  # type: ignore[union-attr]
         if sum(info.compress_size for info in infos) > size:
             raise ArchiveError("its members are longer together than the file")
@@ -352,7 +339,7 @@ def reading(path: Path) -> Iterator[Archive]:
         try:
             with _damage():
                 archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(path.open("rb"))))
-            yield Archive(path, archive)
+            yield Archive(archive)
         except FileNotFoundError as error:
             if error.filename != str(path):
                 raise
@@ -385,90 +372,6 @@ _DAMAGE: tuple[type[Exception], ...] = (
 )  # fmt: skip
 
 
-class CheckpointPlacement:
-    """Puts checkpoint files in their places, all of them or none.
-
-    As a context manager: leaving it with an error, or without :meth:`keep`, puts back what was
-    there.
-
-    Args:
-        checkpoints: where they go.
-    """
-
-    def __init__(self, checkpoints: CheckpointStore) -> None:
-        self._checkpoints = checkpoints
-        self._staged: list[tuple[Path, Path]] = []
-        self._placed: list[tuple[Path, Path | None]] = []
-        self._created = False
-
-    def __enter__(self) -> CheckpointPlacement:
-        return self
-
-    def stage(self, key: str, content: bytes) -> None:
-        """Write a checkpoint file beside the place of its key.
-
-        Raises:
-            CheckpointError: the folder cannot be written, or the disk is full.
-        """
-        path = self._checkpoints.path(key)
-        # As CheckpointStore names what a killed save leaves, so that it is cleared away as such.
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True)
-                self._created = True
-            self._staged.append((temporary, path))
-            with temporary.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot save checkpoint {path} ({error.strerror or error}); free some space there"
-            ) from error
-
-    def place(self) -> None:
-        """Give the staged files their names.
-
-        Raises:
-            CheckpointError: one of them cannot have it.
-        """
-        for temporary, path in self._staged:
-            backup = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-            try:
-                if path.exists():
-                    path.replace(backup)
-                    self._placed.append((path, backup))
-                else:
-                    self._placed.append((path, None))
-                temporary.replace(path)
-            except OSError as error:
-                raise CheckpointError(
-                    f"cannot save checkpoint {path} ({error.strerror or error})"
-                ) from error
-        if self._staged:
-            _sync_folder(self._checkpoints.root)
-
-    def keep(self) -> None:
-        """What was placed is there to stay."""
-        for _, backup in self._placed:
-            if backup is not None:
-                backup.unlink(missing_ok=True)
-        self._placed, self._staged, self._created = [], [], False
-
-    def __exit__(self, *error: object) -> None:
-        with suppress(OSError):
-            for path, backup in reversed(self._placed):
-                if backup is None:
-                    path.unlink(missing_ok=True)
-                elif backup.exists():
-                    backup.replace(path)
-            for temporary, _ in self._staged:
-                temporary.unlink(missing_ok=True)
-            if self._created:
-                self._checkpoints.root.rmdir()
-
-
 def _check_size(info: zipfile.ZipInfo, name: str) -> None:
     """Refuse sizes that a member of this kind cannot have, before it is read."""
     stored = info.compress_type == zipfile.ZIP_STORED
@@ -487,29 +390,6 @@ def _check_size(info: zipfile.ZipInfo, name: str) -> None:
             f"{name} would be {info.file_size:,} bytes long; accepted: {most:,}, by its size in "
             "the file"
         )
-
-
-def _check_inner_zip(content: bytes) -> None:
-    """A checkpoint is a zip itself: of stored members whose checksums are right."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        infos = archive.infolist()
-        if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-            raise ValueError("a part of it is compressed")
-        if sum(info.file_size for info in infos) > len(content):
-            raise ValueError("its parts are longer together than the file")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
-
-
-def is_whole_checkpoint(content: bytes) -> bool:
-    """Whether a checkpoint file is undamaged, by the checksums in it; nothing is loaded."""
-    try:
-        _check_inner_zip(content)
-    except ValueError:
-        return False
-    except _DAMAGE:
-        return False
-    return True
 
 
 def _json(content: bytes, where: str) -> Any:

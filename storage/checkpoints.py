@@ -101,7 +101,7 @@ class CheckpointStore:
             ValueError: the key is empty.
         """
         path = self.path(key)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        temporary = temporary_of(path)
         write = functools.partial(self._write, path, temporary, may_replace)
         return CheckpointWriter(write, every)
 
@@ -132,10 +132,10 @@ class CheckpointStore:
                 raise
             # After a power failure either checkpoint of a key may be the one that is there.
             if not known:
-                self._sync_folder()
+                sync_folder(self.root)
                 self._clean.add(path.name)
         except OSError as error:
-            raise _cannot("save", path, error) from error
+            raise cannot("save", path, error) from error
 
     def load(self, key: str) -> dict[str, Any] | None:
         """Return the state of ``key`` with its tensors on the CPU, or None if there is none.
@@ -149,26 +149,39 @@ class CheckpointStore:
         path = self.path(key)
         # Whoever loads goes on from another process's work, which may have left something.
         self._clean.discard(path.name)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
+        content = self._content(path)
+        if content is None:
             return None
-        except OSError as error:
-            raise _cannot("read", path, error) from error
         try:
-            # torch.load does not verify the checksums that torch.save writes.
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"checksum of {damaged} is wrong")
-            state = state_in(content)
+            return state_in(content)
         except MemoryError:
             raise
         except Exception as error:
             _logger.warning("removed damaged checkpoint %s: %s", path, reason(error))
             self.delete(key)
             return None
-        return state
+
+    def read(self, key: str) -> bytes | None:
+        """Return the file of ``key`` as it is; None where there is no undamaged one.
+
+        Raises:
+            CheckpointError: the file exists but cannot be read.
+        """
+        content = self._content(self.path(key))
+        if content is not None:
+            try:
+                check_whole(content)
+            except ValueError:
+                return None
+        return content
+
+    def _content(self, path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise cannot("read", path, error) from error
 
     def delete(self, key: str) -> None:
         """Remove the checkpoint of ``key`` and what a killed save may have left of it.
@@ -182,7 +195,7 @@ class CheckpointStore:
             path.unlink(missing_ok=True)
             self._remove_temporaries(path.name)
         except OSError as error:
-            raise _cannot("remove", path, error) from error
+            raise cannot("remove", path, error) from error
 
     def delete_all(self, prefix: str, keys: Iterable[str] = ()) -> None:
         """Remove all checkpoints whose keys begin with ``prefix``, and what killed saves left.
@@ -237,15 +250,6 @@ class CheckpointStore:
             leftover = _TEMPORARY.fullmatch(entry.name)
             if leftover and leftover[1] == name:
                 Path(entry.path).unlink(missing_ok=True)
-
-    def _sync_folder(self) -> None:
-        if os.name != "posix":
-            return
-        descriptor = os.open(self.root, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class CheckpointWriter:
@@ -334,11 +338,28 @@ class CheckpointWriter:
             under_way.result()
 
 
-def _cannot(what: str, path: Path, error: OSError) -> CheckpointError:
+def cannot(what: str, path: Path, error: OSError) -> CheckpointError:
+    """The error of whoever could not save, read or remove a checkpoint."""
     advice = "free some space there"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
         advice = f"{path.parent} has to be a folder of files that you may write to"
     return CheckpointError(f"cannot {what} checkpoint {path} ({error.strerror or error}); {advice}")
+
+
+def temporary_of(path: Path) -> Path:
+    """What a file is written to before it is whole, beside its place; another one each time."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _copied(value: Any) -> Any:
@@ -361,14 +382,37 @@ def state_in(content: bytes) -> dict[str, Any]:
     """Return the state in a checkpoint file, its tensors on the CPU.
 
     Raises:
-        Exception: it is no checkpoint, or would run code. Checksums are not looked at.
+        Exception: it is no checkpoint, is damaged, or would run code.
     """
     import torch
 
+    # torch.load does not verify the checksums that torch.save writes.
+    check_whole(content)
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"holds a {type(state).__name__}, not a dict")
     return state
+
+
+def check_whole(content: bytes) -> None:
+    """Check a checkpoint file by the checksums in it; nothing is loaded.
+
+    Raises:
+        ValueError: it is not a zip of stored members, is damaged, or larger inside than outside.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            infos = archive.infolist()
+            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+                raise ValueError("a part of it is compressed")
+            if sum(info.file_size for info in infos) > len(content):
+                raise ValueError("its parts are longer together than the file")
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"checksum of {damaged} is wrong")
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile has many for what is none
+        raise ValueError(reason(error)) from error
 
 
 class _Unfailing:

@@ -417,7 +417,7 @@ def status(
     from sweeps.confirmation import read_answer
     from sweeps.progress import print_line
     from sweeps.report import answer_table, disk_line, outcome_lines
-    from sweeps.studies import shown_url, stored_names, stored_sweep
+    from sweeps.studies import shown_url, stored_sweep, stored_sweeps
 
     _quiet_libraries()
     if watch:
@@ -428,12 +428,14 @@ def status(
         if as_json:
             return
     store = open_storage(storage_url, read_only=True)
-    sweeps = [stored_sweep(store, name) for name in ([sweep] if sweep else stored_names(store))]
+    sweeps, unreadable = ([stored_sweep(store, sweep)], {}) if sweep else stored_sweeps(store)
+    for name, error in unreadable.items():
+        print_line(_stderr(), f"sweep: {name} cannot be read here: {error}")
     statuses = [read_answer(store, s) for s in sweeps]
     if as_json:
         _print_json(statuses[0].as_dict() if sweep else [s.as_dict() for s in statuses])
         return
-    if not statuses:
+    if not statuses and not unreadable:
         raise SweepError(f"{shown_url(storage_url)} holds no sweep; sweep start NAME begins one")
     out = _stdout()
     for found in statuses:

@@ -27,32 +27,30 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-DATASET_IMAGES = {
-    "cifar10": (50_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "digits": (1_347, 450),
-}
-"""Training and test images of the data sets whose size is known without loading them."""
-
 FEWEST_FOR_IMPORTANCE = 8
 """Complete trials of a study below which a parameter's importance is noise."""
 
 NEAR_END = 0.05
 """A value is at an end of its range when so small a part of the range is beyond it."""
 
-USED_WITH: Mapping[str, tuple[str, Value]] = {
-    "lars_trust_coefficient": ("optimizer", "lars"),
-    "muon_lr_factor": ("optimizer", "muon"),
-    "muon_weight_decay": ("optimizer", "muon"),
-    "plateau_factor": ("schedule", "plateau"),
-    "plateau_patience": ("schedule", "plateau"),
-    "plateau_threshold": ("schedule", "plateau"),
-    "exponential_gamma": ("schedule", "exponential"),
-    "server_beta2": ("server_optimizer", "adam"),
-    "server_epsilon": ("server_optimizer", "adam"),
-    "classes_per_device": ("split", "classes"),
+USED_WITH: Mapping[str, tuple[str, tuple[Value, ...]]] = {
+    "crop_padding": ("augment", ("crop", "crop-flip")),
+    "num_groups": ("norm", ("group",)),
+    "classes_per_device": ("split", ("classes",)),
+    "alpha": ("split", ("dirichlet", "quantity")),
+    "min_images_per_device": ("split", ("dirichlet", "quantity")),
+    "local_steps": ("algorithm", ("fedavg", "scaffold")),
+    "server_beta2": ("server_optimizer", ("adam",)),
+    "server_epsilon": ("server_optimizer", ("adam",)),
+    "plateau_factor": ("schedule", ("plateau",)),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "plateau_threshold": ("schedule", ("plateau",)),
+    "exponential_gamma": ("schedule", ("exponential",)),
+    "lars_trust_coefficient": ("optimizer", ("lars",)),
+    "muon_lr_factor": ("optimizer", ("muon",)),
+    "muon_weight_decay": ("optimizer", ("muon",)),
 }
-"""Settings that a training looks at only where another one has a certain value."""
+"""Settings that a training looks at only where another one has one of these values."""
 
 DRAWN_DIVERGED = 3
 """Curves of diverged trials that are kept for each study, those of a `[[try]]` first."""
@@ -66,8 +64,8 @@ class StudyFindings:
         status: budget and trials.
         name: the study's name, without the sweep's.
         config: what its trials share; the parameters are at their lowest.
-        validation_images: how many images an accuracy is measured on; None where an earlier version
-            made the study, and it takes the data set to say.
+        validation_images: how many images an accuracy is measured on; None where nobody has counted
+            them yet.
         curves: validation accuracy after each epoch, by trial number: of the best trial and of
             some that diverged. Over several seeds, the mean of a complete trial, and the last
             seed of any other.
@@ -135,9 +133,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
                 status=study,
                 name=short_name(status, study),
                 config=config,
-                validation_images=_scored_images(config)
-                if stored.scored_images is None
-                else stored.scored_images,
+                validation_images=stored.scored_images,
                 curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},
                 seed_accuracies=[values[-1] for values in per_seed],
                 device_accuracies=sorted(a for a in of_devices if a is not None),
@@ -145,16 +141,6 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
             )
         )
     return Findings(spec, status, studies)
-
-
-def _scored_images(config: TrialConfig) -> int | None:
-    """How many images score a trial, as far as its settings alone say."""
-    train, test = DATASET_IMAGES.get(config.dataset, (None, None))
-    if config.validation == "test":
-        return test
-    if not isinstance(config.num_train_images, str):
-        train = config.num_train_images
-    return None if train is None else round(train * config.validation_fraction)
 
 
 def _per_seed(trial: FrozenTrial, epochs: int) -> list[list[float]]:
@@ -270,7 +256,8 @@ def _at_the_end(spec: SweepSpec, study: StudyFindings, best: TrialStatus) -> lis
     found = []
     settings = {**study.config.as_dict(), **best.params}
     for name, value in best.params.items() if not best.label else ():
-        if name in USED_WITH and settings[USED_WITH[name][0]] != USED_WITH[name][1]:
+        decides, values = USED_WITH.get(name, (name, (value,)))
+        if settings[decides] not in values:
             continue
         end = spec.search[name].end_near(value, NEAR_END) if name in spec.search else None
         setting = TrialConfig.setting(name, "[search]")

@@ -13,6 +13,11 @@ AUTO: Any = "auto"
 """As many workers as the place has use for: -1 once parsed, which commands hand on as None."""
 
 
+def parse_folder(text: str) -> Path:
+    """A path; ~ in the environment, which no shell has seen, is the user's folder too."""
+    return Path(text).expanduser()
+
+
 Storage = Annotated[
     str,
     typer.Option(
@@ -26,6 +31,8 @@ DataDir = Annotated[
     typer.Option(
         "--data-dir",
         envvar="SWEEP_DATA_DIR",
+        parser=parse_folder,
+        metavar="PATH",
         help="Where the data set is (or goes): for `images`, the folder or zip itself.",
     ),
 ]

@@ -99,7 +99,7 @@ def packed(
         try:
             for count in counts(most):
                 slots = divide(one, count, threads, count, plan.need)
-                found = kept_sample(shape.config, slots)
+                found = kept_sample(shape.config, plan.dataset_images(shape), slots)
                 if found is None:
                     say(f"measuring {count} workers on one GPU: {shape}")
                     if running is None:
@@ -107,7 +107,7 @@ def packed(
                     else:
                         running.grow(slots[running.count :])
                     found = running.measure(shape, PROBE_SECONDS)
-                    keep_sample(shape.config, slots, found)
+                    keep_sample(shape.config, plan.dataset_images(shape), slots, found)
                 samples[count] = found
                 if not goes_on({n: s.epoch_seconds for n, s in samples.items()}):
                     break

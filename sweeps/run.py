@@ -194,7 +194,10 @@ def run_to_end(
             print_line(err, f"sweep: {stopping}; what runs goes on at the next start")
             return 130, None
     if found is not None:
-        with_retries(lambda: keep_speeds(watcher, stored_sweep(watcher, spec.name), slots, began))
+        images = {study.name: study.dataset_images for study in found.studies}
+        with_retries(
+            lambda: keep_speeds(watcher, stored_sweep(watcher, spec.name), images, slots, began)
+        )
     status = with_retries(lambda: read_answer(watcher, stored_sweep(watcher, spec.name)))
     close_storage(watcher, storage_url)
     if status.done:

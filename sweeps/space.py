@@ -160,9 +160,9 @@ def _parse_range(name: str, setting: Setting, given: Mapping[str, Any]) -> Range
             raise SpecError(f"{where}: step = {step:g} is not a whole number")
         if not math.isfinite((high - low) / step):
             raise SpecError(f"{where}: step = {step:g} is too short to count in {high - low:g}")
+        step = setting.kind(step)
         # Optuna lowers `high` to the last step within the range.
         high = low + math.floor((high - low) / step + 1e-8) * step
-        step = setting.kind(step)
     if log and low <= 0:
         raise SpecError(f"{where}: low = {low:g} must be above 0 where log = true")
     return Range(low=low, high=high, step=step, log=log)

@@ -144,10 +144,10 @@ def stored_sweep(
 
 
 def stored_sweeps(store: BaseStorage) -> tuple[list[StoredSweep], dict[str, SpecError]]:
-    """The sweeps of a store; and of those that this version cannot read, by name, why."""
+    """The sweeps of a store by name; and of those that this version cannot read, why."""
     read: list[StoredSweep] = []
     refused: dict[str, SpecError] = {}
-    for name, found in _parts(store).items():
+    for name, found in sorted(_parts(store).items()):
         if _is_whole(found):
             try:
                 read.append(_stored(store, found))

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage import archive
-from storage.archive import CheckpointPlacement
 from storage.archive_rows import ArchiveError, StudyRows, TrialRows
 from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
 from storage.engine import close_storage, exclusive, open_storage, sql_engine
 from storage.leases import LEASE_ATTR, count, parse_lease, released
+from storage.placement import CheckpointPlacement
 from storage.readers import READ_ONLY_OPTION
 from storage.retries import with_retries
 from storage.study_tables import StudyTables
@@ -112,12 +112,12 @@ def _export_once(
                     if trial.is_finished or _attempts(trial) == 0:
                         continue
                     waiting += 1
-                    place = checkpoints.path(f"{study.name}/{trial.number}")
-                    content = _checkpoint_file(place)
+                    key = f"{study.name}/{trial.number}"
+                    content = checkpoints.read(key)
                     if content is not None:
                         writer.add_checkpoint(study.name, trial.number, content)
                         count += 1
-                    elif place.name in before and not last:
+                    elif checkpoints.path(key).name in before and not last:
                         raise _Outdated
             for study in studies:
                 writer.add_study(study)
@@ -130,19 +130,6 @@ def _export_once(
         f"{name}: {plural(len(studies), 'study', 'studies')}, {plural(trials, 'trial')}, "
         f"{plural(count, 'checkpoint')}{missing}, {path.stat().st_size:,} bytes in {path}"
     )
-
-
-def _checkpoint_file(place: Path) -> bytes | None:
-    """A checkpoint as it is on disk; None where there is no undamaged one."""
-    try:
-        content = place.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read checkpoint {place} ({error.strerror or error})"
-        ) from error
-    return content if archive.is_whole_checkpoint(content) else None
 
 
 def _snapshot(engine: Engine, name: str) -> tuple[list[StudyRows], dict[str, Any]]:

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,33 @@ class WorkerOptions:
     poll_seconds: float = 1.0
     data_dir: Path | None = None
     gpu_memory: int | None = None
+
+
+@dataclass
+class _Attempt:
+    """An attempt at a trial, as far as it has come."""
+
+    sweep: StoredSweep
+    study: SweepStudy
+    claim: Claim
+    started: float = field(default_factory=time.monotonic)
+    precision: str = ""
+    reporter: Reporter | None = None
+
+    @property
+    def key(self) -> str:
+        """Of the trial's checkpoint."""
+        return f"{self.study.name}/{self.claim.number}"
+
+
+@dataclass(frozen=True)
+class _End:
+    """What a trial is told with; ``of_devices`` is empty unless it is complete."""
+
+    state: TrialState
+    value: float | None
+    attrs: dict[str, Any]
+    of_devices: tuple[float | None, ...] = ()
 
 
 class Worker:
@@ -203,50 +230,9 @@ class Worker:
         keeper: Keeper,
         lost: threading.Event,
     ) -> None:
-        started = time.monotonic()
-        key = f"{study.name}/{claim.number}"
-        state, value = TrialState.PRUNED, None
-        attrs: dict[str, Any] = {}
-        of_devices: list[float | None] = []
-        where: dict[str, Any] = {}
-        reporter: Reporter | None = None
-        confirms = bool(sweep.spec.confirms)
+        attempt = _Attempt(sweep, study, claim)
         try:
-            self._refuse_deadly(claim)
-            if claim.attempt == 1 and self._queue.owns(claim):
-                # One of an earlier store in the same place is not this trial's.
-                self._checkpoints.delete(key)
-            trial, config = self._begin(sweep, study, claim)
-            objective = self._objective(study, config)
-            where["precision"] = objective.precision(config)
-            last_step = config.epochs * sweep.spec.budget.seeds
-            reporter = self._reporter(sweep, claim, trial, objective, config, key, last_step)
-            value = objective.run(
-                config,
-                seeds=sweep.spec.budget.seeds,
-                test=confirms,
-                on_epoch=reporter,
-                should_stop=lambda: self._stop.is_set() or lost.is_set(),
-                checkpoints=self._checkpoints,
-                key=key,
-                may_replace=lambda: keeper.may_hold(claim, lost),
-            )
-            of_devices = [
-                None if accuracy is None else round(accuracy, 6)
-                for accuracy in objective.device_accuracies(
-                    config, [*reporter.class_correct.values()]
-                )
-            ]
-            state, attrs = TrialState.COMPLETE, {OUTCOME: "complete"}
-            worst = min((a for a in of_devices if a is not None), default=None)
-            if worst is not None:
-                attrs[WORST_DEVICE_ACCURACY] = worst
-        except Pruned:
-            attrs = {OUTCOME: "pruned"}
-        except Diverged as divergence:
-            # Optuna's samplers learn from a pruned trial; one told as FAIL, or as NaN, they
-            # forget, and then suggest the like of it again.
-            attrs = {OUTCOME: "diverged", REASON: str(divergence)}
+            end = self._train(attempt, keeper, lost)
         except (Interrupted, LeaseLostError):
             self._queue.release(claim)
             return
@@ -259,53 +245,114 @@ class Worker:
         except Exception as error:
             if is_transient(error):
                 raise  # The store stayed away: neither the trial's fault nor to be told there.
-            if not self._queue.owns(claim):
-                # As a worker frozen past its lease sees it, whose trial has been finished.
-                logger.warning("%s #%d went to another worker", study.name, claim.number)
+            failed = self._end_of(error, attempt)
+            if failed is None:
                 return
-            full = out_of_memory(error) or gpu_is_full(error)
-            if full and self._options.gpu_memory is not None:
-                # Told only where the GPU is the trial's alone; the launcher makes room.
-                logger.warning("%s #%d: %s", study.name, claim.number, kind_and_line(error))
-                self._queue.release(claim)
-                self._stop.set(NO_ROOM)
-                return
-            if breaks_device(error):
-                self._queue.release(claim)
-                raise SweepError(f"the device failed: {kind_and_line(error)}") from error
-            attrs = {OUTCOME: "failed", REASON: kind_and_line(error), ERROR: traceback.format_exc()}
-            if out_of_memory(error):
-                # Told as pruned, so that the sampler keeps away from the like of it.
-                attrs[REASON] = f"out of memory: {kind_and_line(error)}"
-            elif self._retry_after(error, claim):
-                return
-            else:
-                state = TrialState.FAIL
-        if state == TrialState.PRUNED and reporter is not None:
-            value = objective.chance if confirms else reporter.last_score
-        attrs[SECONDS] = round(time.monotonic() - started, 3)
-        where |= provenance(self._options.device) | {"data_fingerprint": study.fingerprint}
-        of_system = {PROVENANCE: where, **({DEVICE_ACCURACIES: of_devices} if of_devices else {})}
+            end = failed
+        self._tell(attempt, end, lost)
+
+    def _train(self, attempt: _Attempt, keeper: Keeper, lost: threading.Event) -> _End:
+        """Train a trial to its end, or to where the pruner or divergence ends it."""
+        sweep, study, claim = attempt.sweep, attempt.study, attempt.claim
+        self._refuse_deadly(claim)
+        if claim.attempt == 1 and self._queue.owns(claim):
+            # One of an earlier store in the same place is not this trial's.
+            self._checkpoints.delete(attempt.key)
+        trial, config = self._begin(sweep, study, claim)
+        objective = self._objective(study, config)
+        attempt.precision = objective.precision(config)
+        seeds, confirms = sweep.spec.budget.seeds, bool(sweep.spec.confirms)
+        reporter = attempt.reporter = self._reporter(attempt, trial, objective, config)
+        try:
+            value = objective.run(
+                config,
+                seeds=seeds,
+                test=confirms,
+                on_epoch=reporter,
+                should_stop=lambda: self._stop.is_set() or lost.is_set(),
+                checkpoints=self._checkpoints,
+                key=attempt.key,
+                may_replace=lambda: keeper.may_hold(claim, lost),
+            )
+        except Pruned:
+            return _End(TrialState.PRUNED, reporter.last_score, {OUTCOME: "pruned"})
+        except Diverged as divergence:
+            # Optuna's samplers learn from a pruned trial; one told as FAIL, or as NaN, they
+            # forget, and then suggest the like of it again.
+            value_then = objective.chance if confirms else reporter.last_score
+            attrs = {OUTCOME: "diverged", REASON: str(divergence)}
+            return _End(TrialState.PRUNED, value_then, attrs)
+        correct = [*reporter.class_correct.values()]
+        of_devices = tuple(
+            None if accuracy is None else round(accuracy, 6)
+            for accuracy in objective.device_accuracies(config, correct)
+        )
+        return _End(TrialState.COMPLETE, value, {OUTCOME: "complete"}, of_devices)
+
+    def _end_of(self, error: Exception, attempt: _Attempt) -> _End | None:
+        """What a trial that raised is told with; None if it goes on elsewhere, or later.
+
+        Raises:
+            SweepError: the device failed.
+        """
+        claim, name = attempt.claim, attempt.study.name
+        if not self._queue.owns(claim):
+            # As a worker frozen past its lease sees it, whose trial has been finished.
+            logger.warning("%s #%d went to another worker", name, claim.number)
+            return None
+        full = out_of_memory(error)
+        if (full or gpu_is_full(error)) and self._options.gpu_memory is not None:
+            # Told only where the GPU is the trial's alone; the launcher makes room.
+            logger.warning("%s #%d: %s", name, claim.number, kind_and_line(error))
+            self._queue.release(claim)
+            self._stop.set(NO_ROOM)
+            return None
+        if breaks_device(error):
+            self._queue.release(claim)
+            raise SweepError(f"the device failed: {kind_and_line(error)}") from error
+        if not full and self._retry_after(error, claim):
+            return None
+        reason = f"out of memory: {kind_and_line(error)}" if full else kind_and_line(error)
+        attrs = {OUTCOME: "failed", REASON: reason, ERROR: traceback.format_exc()}
+        if full and not attempt.sweep.spec.confirms:
+            # So that the sampler keeps away from the like of it. A confirmation has none to tell,
+            # and runs again what failed.
+            score = attempt.reporter.last_score if attempt.reporter else None
+            return _End(TrialState.PRUNED, score, attrs)
+        return _End(TrialState.FAIL, None, attrs)
+
+    def _tell(self, attempt: _Attempt, end: _End, lost: threading.Event) -> None:
+        """Finish a trial, unless it has gone to another worker."""
+        study, claim = attempt.study, attempt.claim
+        attrs = end.attrs | {SECONDS: round(time.monotonic() - attempt.started, 3)}
+        where = provenance(self._options.device) | {"data_fingerprint": study.fingerprint}
+        if attempt.precision:
+            where["precision"] = attempt.precision
+        of_system: dict[str, Any] = {PROVENANCE: where}
+        if end.of_devices:
+            of_system[DEVICE_ACCURACIES] = list(end.of_devices)
+            known = [accuracy for accuracy in end.of_devices if accuracy is not None]
+            if known:
+                attrs[WORST_DEVICE_ACCURACY] = min(known)
         if lost.is_set() or not self._queue.finish(
-            claim, state, value, user_attrs=attrs, system_attrs=of_system
+            claim, end.state, end.value, user_attrs=attrs, system_attrs=of_system
         ):
             logger.warning(
                 "%s #%d went to another worker; result dropped", study.name, claim.number
             )
             return
-        self._tidy_checkpoints(sweep, study, claim, state)
+        self._tidy_checkpoints(attempt, end.state)
         if self._on_end is not None:
             trial_now = with_retries(lambda: self._store.get_trial(claim.trial_id))
-            self._on_end(study.name, _ended(trial_now, value, attrs))
+            self._on_end(study.name, _ended(trial_now, end.value, attrs))
         self._note_failure(attrs if attrs[OUTCOME] == "failed" else None)
 
-    def _tidy_checkpoints(
-        self, sweep: StoredSweep, study: SweepStudy, claim: Claim, state: TrialState
-    ) -> None:
+    def _tidy_checkpoints(self, attempt: _Attempt, state: TrialState) -> None:
         """Keep of a finished trial's checkpoint, and of those before it, what the rule says."""
-        keep = sweep.spec.budget.keep_checkpoints
+        study, number = attempt.study, attempt.claim.number
+        keep = attempt.sweep.spec.budget.keep_checkpoints
         if state != TrialState.COMPLETE or keep == "none":
-            self._checkpoints.delete(f"{study.name}/{claim.number}")
+            self._checkpoints.delete(attempt.key)
         elif keep == "best":
             complete = with_retries(
                 lambda: self._store.get_all_trials(
@@ -313,8 +360,8 @@ class Worker:
                 )
             )
             records = _records(complete)
-            for number in {claim.number, *records} - {records[-1]}:
-                self._checkpoints.delete(f"{study.name}/{number}")
+            for beaten in {number, *records} - {records[-1]}:
+                self._checkpoints.delete(f"{study.name}/{beaten}")
 
     def _refuse_deadly(self, claim: Claim) -> None:
         """Give up on a trial that takes its workers down without getting anywhere."""
@@ -378,23 +425,17 @@ class Worker:
         return with_retries(lambda: optuna.Trial(optuna_study, claim.trial_id))
 
     def _reporter(
-        self,
-        sweep: StoredSweep,
-        claim: Claim,
-        trial: optuna.Trial,
-        objective: Objective,
-        config: TrialConfig,
-        key: str,
-        last_step: int,
+        self, attempt: _Attempt, trial: optuna.Trial, objective: Objective, config: TrialConfig
     ) -> Reporter:
         """What hears of the epochs; steps that no checkpoint here covers are forgotten first.
 
         They were reported by a worker that was killed before it had written the last one's, or
         whose checkpoints are elsewhere or lost, and will be trained again.
         """
+        sweep, claim = attempt.sweep, attempt.claim
         reported = trial._cached_frozen_trial.last_step
         if reported is not None:
-            covered = objective.completed_steps(config, self._checkpoints, key)
+            covered = objective.completed_steps(config, self._checkpoints, attempt.key)
             if reported > covered:
                 self._queue.forget_steps(claim, after=covered)
                 trial = with_retries(lambda: optuna.Trial(trial.study, claim.trial_id))
@@ -406,7 +447,7 @@ class Worker:
             ),
             spent=lambda: self._spent(sweep),
             prune=LABEL not in trial.user_attrs,
-            last_step=last_step,
+            last_step=config.epochs * sweep.spec.budget.seeds,
         )
 
     def _objective(self, study: SweepStudy, config: TrialConfig) -> Objective:

@@ -295,7 +295,7 @@ def test_a_disk_that_is_slower_than_the_caller_makes_it_wait(
     copy = checkpoints._copied
     monkeypatch.setattr(checkpoints, "_copied", copied)
     monkeypatch.setattr(os, "fsync", slow)
-    monkeypatch.setattr(CheckpointStore, "_sync_folder", lambda self: None)
+    monkeypatch.setattr(checkpoints, "sync_folder", lambda folder: None)
     with store.writer(KEY) as writer:
         for step in (1, 2, 3):
             writer.save(state(step))

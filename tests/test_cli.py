@@ -306,6 +306,13 @@ def test_a_mistake_is_one_line_and_a_status(
     assert not (tmp_path / "sweep.db").exists()
 
 
+def test_the_home_folder_is_known_by_its_sign_in_the_environment_too(tmp_path: Path) -> None:
+    write_spec(tmp_path / "tiny.toml", train={"dataset": "images"})
+    env = environment() | {"HOME": str(tmp_path), "SWEEP_DATA_DIR": "~/pictures"}
+    done = run("plan", "tiny.toml", cwd=tmp_path, env=env)
+    mistake(done, 1, str(tmp_path / "pictures"))
+
+
 @pytest.mark.parametrize(
     ("redirection", "code", "said"),
     [(">&-", 0, ""), (">/dev/full", 1, "cannot write (No space left on device); free some")],

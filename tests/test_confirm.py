@@ -673,6 +673,31 @@ def test_a_run_that_failed_is_tried_once_more(tmp_path: Path) -> None:
     assert best.estimate.count == 2
 
 
+def test_a_run_that_found_no_memory_is_tried_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(train={"epochs": 1})
+    store = begin(tmp_path, spec)
+    complete(store, spec, 0.1, 0.9)
+    confirm(store, seeds=2)
+    train = Objective.run
+
+    def full_at_seed_two(self: Objective, config: TrialConfig, **more: Any) -> float:
+        if config.seed == 2:
+            raise MemoryError
+        return train(self, config, **more)
+
+    with monkeypatch.context() as full:
+        full.setattr(Objective, "run", full_at_seed_two)
+        make_worker(tmp_path, "tiny-confirm").run()
+    assert confirmation(store).count("failed") == 1
+    confirm(store, seeds=2)
+    assert runs(tmp_path) == [(0.1, 1), (0.1, 2), (0.1, 2)]
+    make_worker(tmp_path, "tiny-confirm").run()
+    (best,) = confirmation(store).studies[0].configurations
+    assert [run.outcome for run in best.runs] == ["complete", "complete"]
+
+
 def test_a_confirmation_picks_no_best_run(tmp_path: Path) -> None:
     store, _ = known_confirmation(tmp_path)
     status = read_answer(store, stored_sweep(store, "tiny-confirm"))

@@ -192,7 +192,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a flipped bit": (flip, "not a whole archive|damaged|not JSON"),
     "wrong checksum": (wrong_checksum, "SHA-256"),
     "a missing member": (lacking, "lacks 'studies/0.json'"),
-    "an extra member": (with_extra("studies/1.json"), "not to hold 'studies/1.json'"),
+    "an extra member": (with_extra("studies/1.json"), "has 'studies/1.json', unlisted"),
     "a path that leaves": (with_extra("../../evil.json"), "named '../../evil.json'"),
     "an absolute path": (with_extra("/etc/evil"), "named '/etc/evil'"),
     "a windows path": (with_extra("C:\\evil.json"), "named"),

@@ -70,6 +70,12 @@ def test_list_says_how_far_each_sweep_is(tmp_path: Path) -> None:
     ]
     assert table[-1].startswith("old cannot be read here: old: there is no key 'oldkey'")
 
+    done = CliRunner().invoke(app, ["status", "--json", "--storage", url(tmp_path)])
+    assert done.exit_code == 0
+    readable = sorted({*specs, "met-confirm"} - {"old"})
+    assert [one["name"] for one in json.loads(done.stdout)] == readable
+    assert "old cannot be read here: old: there is no key 'oldkey'" in done.stderr
+
     told = {one["name"]: one for one in json.loads(listed(tmp_path, "--json"))["stored"]}
     assert list(told) == sorted({*specs, "met-confirm"})
     assert "oldkey" in told.pop("old")["error"]

@@ -327,13 +327,14 @@ def test_a_training_that_diverges_at_once_is_measured_all_the_same() -> None:
 def test_measurements_are_kept_by_what_they_depend_on() -> None:
     config = make_spec().config({}, {"peak_lr": 0.1})
     slots = [Slot("cpu", 1)] * 2
-    assert kept_sample(config, slots) is None
-    keep_sample(config, slots, SAMPLE)
-    assert kept_sample(config, slots) == SAMPLE
-    assert kept_sample(dataclasses.replace(config, peak_lr=0.2, seed=3), slots) == SAMPLE
+    assert kept_sample(config, 1347, slots) is None
+    keep_sample(config, 1347, slots, SAMPLE)
+    assert kept_sample(config, 1347, slots) == SAMPLE
+    assert kept_sample(dataclasses.replace(config, peak_lr=0.2, seed=3), 1347, slots) == SAMPLE
     for other in ({"global_batch_size": 64}, {"clip_grad_norm": 1.0}, {"norm": "layer"}):
-        assert kept_sample(dataclasses.replace(config, **other), slots) is None
-    assert kept_sample(config, slots[:1]) is None
+        assert kept_sample(dataclasses.replace(config, **other), 1347, slots) is None
+    assert kept_sample(config, 1347, slots[:1]) is None
+    assert kept_sample(config, 40, slots) is None
     assert key_of(config) != key_of(dataclasses.replace(config, local_steps=2))
 
 

@@ -16,7 +16,6 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from data.sources import load_dataset
 from storage.engine import open_storage
 from sweeps import search
 from sweeps.attributes import CURVES, DEVICE_ACCURACIES
@@ -24,7 +23,6 @@ from sweeps.errors import SweepError
 from sweeps.figures import Figure, make_figures
 from sweeps.figures.parts import COLOURS, MAX_POINTS
 from sweeps.findings import (
-    DATASET_IMAGES,
     Findings,
     comparison_sentences,
     headline,
@@ -58,9 +56,11 @@ def known_spec(name: str = "known", **changes: Any) -> SweepSpec:
     return make_spec(name, **changes)
 
 
-def create(tmp_path: Path, spec: SweepSpec) -> BaseStorage:
+def create(tmp_path: Path, spec: SweepSpec, scored: int | None = 269) -> BaseStorage:
     store = open_storage(url(tmp_path))
-    create_or_resume(store, spec, ["0" * 64] * len(spec.cells))
+    cells = len(spec.cells)
+    counted = () if scored is None else (scored,) * cells
+    create_or_resume(store, spec, ["0" * 64] * cells, scored=counted)
     return store
 
 
@@ -497,7 +497,7 @@ def test_choices_stand_side_by_side(tmp_path: Path) -> None:
 def test_the_images_that_score_a_trial_are_those_of_the_study(tmp_path: Path) -> None:
     """What `sweep start` has counted holds, where the settings alone say nothing of it."""
     spec = known_spec(each={}, train={"dataset": "images", "image_size": 8})
-    store = create(tmp_path, spec)
+    store = create(tmp_path, spec, scored=None)
     add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], {"peak_lr": 0.1, "warmup_epochs": 1.0})
     (uncounted,) = findings(store).studies
     assert (uncounted.validation_images, uncounted.standard_error(0.5)) == (None, None)
@@ -561,9 +561,20 @@ def test_what_a_best_trial_made_no_use_of_is_at_no_end(tmp_path: Path, optimizer
     assert told == (optimizer == "muon")
 
 
-def test_the_sizes_of_the_data_sets_are_theirs() -> None:
-    digits = load_dataset("digits")
-    assert DATASET_IMAGES["digits"] == (len(digits.train_labels), len(digits.test_labels))
+@pytest.mark.parametrize(("split", "said"), [("iid", False), ("quantity", True)])
+def test_what_two_splits_use_is_at_its_end_with_either(
+    tmp_path: Path, split: str, said: bool
+) -> None:
+    search = {
+        "split": {"choices": ["iid", "dirichlet", "quantity"]},
+        "alpha": {"low": 0.1, "high": 1.0},
+    }
+    spec = known_spec(each={}, train={"global_batch_size": 128, "split": None}, search=search)
+    store = create(tmp_path, spec)
+    add(store, spec, 0, "complete", [0.1, 0.2, 0.3, 0.5], {"split": split, "alpha": 0.99})
+    found = findings(store)
+    told = " ".join(study_sentences(found, found.studies[0]))
+    assert ("alpha stands at the end" in told) == said
 
 
 def test_colours_are_told_apart() -> None:

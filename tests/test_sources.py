@@ -107,7 +107,9 @@ def test_images_are_ordered_by_class_then_name(tree: Path) -> None:
 def test_folder_and_zip_are_the_same_data_set(tree: Path, tmp_path: Path) -> None:
     in_folder = load_images(tree)
     assert_equal(load_images(zipped(tree, tmp_path / "a.zip")), in_folder)
-    assert_equal(load_images(zipped(tree, tmp_path / "b.zip", "top/")), in_folder)
+    for place, prefix in enumerate(("top/", "./", "./top/")):
+        file = zipped(tree, tmp_path / f"{place}.zip", prefix)
+        assert_equal(load_images(file), in_folder)
     shutil.copytree(tree, tmp_path / "enclosing" / "top")
     assert_equal(load_images(tmp_path / "enclosing"), in_folder)
 

@@ -130,6 +130,12 @@ def test_a_spec_survives_json_and_toml(search: list[tuple[str, dict[str, Any]]])
     assert SweepSpec.from_dict(tomllib.loads(tomli_w.dumps(made.as_dict()))) == made
 
 
+def test_a_step_of_whole_numbers_may_be_written_with_a_point() -> None:
+    made = build(search={"plateau_patience": {"low": 2, "high": 9, "step": 2.0}}, **{"try": []})
+    space = made.search["plateau_patience"]
+    assert repr(space) == repr(Range(low=2, high=8, step=2))
+
+
 def test_step_lowers_high_as_optuna_does() -> None:
     made = build(search={"warmup_epochs": {"low": 0.0, "high": 5.0, "step": 0.75}}, **{"try": []})
     assert made.search["warmup_epochs"].high == 4.5

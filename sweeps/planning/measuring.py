@@ -73,7 +73,7 @@ def measured(
                     problems.append(f"{shape}: {error}")
                 else:
                     samples[shape.key] = sample
-                    keep_sample(shape.config, plan.slots, sample)
+                    keep_sample(shape.config, plan.dataset_images(shape), plan.slots, sample)
                 # The imports of the processes do not count.
                 spent += time.perf_counter() - asked if place else share
     return _with(plan, samples, problems)
@@ -84,7 +84,7 @@ def recalled(plan: Plan) -> Plan:
     found = {
         shape.key: sample
         for shape in unmeasured(plan)
-        if (sample := kept_sample(shape.config, plan.slots))
+        if (sample := kept_sample(shape.config, plan.dataset_images(shape), plan.slots))
     }
     return _with(plan, {**plan.samples, **found}, plan.problems)
 

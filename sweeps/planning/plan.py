@@ -67,6 +67,11 @@ class StudyPlan:
     shapes: Sequence[tuple[float, Shape]]
 
     @property
+    def dataset_images(self) -> int:
+        """Images that a trial trains on or is scored on."""
+        return self.sizes.train_images + self.sizes.val_images
+
+    @property
     def trials_left(self) -> int:
         """Trials that have not ended."""
         return len(self.open) + len(self.fresh)
@@ -115,6 +120,14 @@ class Plan:
     def knows(self, study: StudyPlan) -> bool:
         """Whether the speed of a study is known."""
         return all(shape.key in self.samples for _, shape in study.shapes)
+
+    def dataset_images(self, shape: Shape) -> int:
+        """Images that a trial of a shape trains on or is scored on."""
+        return next(
+            study.dataset_images
+            for study in self.studies
+            if shape.key in {of.key for _, of in study.shapes}
+        )
 
     def epoch_seconds(self, study: StudyPlan) -> float:
         """Of an epoch of a study, over the shapes that its trials can have."""

@@ -1,8 +1,8 @@
 """How long a shape takes, and a memory of it: on this machine, with as many workers.
 
 A measurement stands in the user's cache under a digest of all that it depends on: the shape, the
-host, its device, the workers beside it, PyTorch's version. Trials that a sweep has run count as
-one too, so that the next start of a sweep like it knows its time at once.
+images, the host, its device, the workers beside it, PyTorch's version. Trials that a sweep has run
+count as one too, so that the next start of a sweep like it knows its time at once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import secrets
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +28,7 @@ from storage.leases import count as count_of
 from sweeps.attributes import PROVENANCE, SECONDS
 from sweeps.config import TrialConfig
 from sweeps.execution import has_matrix_units
+from sweeps.files import replacing
 from sweeps.machine import Slot
 from sweeps.planning.shapes import key_of
 from sweeps.studies import StoredSweep
@@ -72,9 +72,15 @@ class Sample:
     gpu_bytes: int = 0
 
 
-def kept_sample(config: TrialConfig, slots: Sequence[Slot]) -> Sample | None:
-    """What was measured of a shape on this machine before, by as many workers; None if nothing."""
-    path = _kept_path(config, slots)
+def kept_sample(config: TrialConfig, images: int, slots: Sequence[Slot]) -> Sample | None:
+    """What was measured of a shape on this machine before, by as many workers; None if nothing.
+
+    Args:
+        config: has the shape.
+        images: that a trial trains on or is scored on: one folder has other numbers than another.
+        slots: where the workers run.
+    """
+    path = _kept_path(config, images, slots)
     try:
         if time.time() - path.stat().st_mtime > 86400 * FRESH_DAYS:
             return None
@@ -83,28 +89,32 @@ def kept_sample(config: TrialConfig, slots: Sequence[Slot]) -> Sample | None:
         return None
 
 
-def keep_sample(config: TrialConfig, slots: Sequence[Slot], sample: Sample) -> None:
+def keep_sample(config: TrialConfig, images: int, slots: Sequence[Slot], sample: Sample) -> None:
     """Keep a measurement in the user's cache; where that cannot be written, do not."""
-    path = _kept_path(config, slots)
-    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    path = _kept_path(config, images, slots)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(dataclasses.asdict(sample)), encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(sample)), encoding="utf-8")
 
 
 def keep_speeds(
-    store: BaseStorage, sweep: StoredSweep, slots: Sequence[Slot], since: datetime
+    store: BaseStorage,
+    sweep: StoredSweep,
+    images: Mapping[str, int],
+    slots: Sequence[Slot],
+    since: datetime,
 ) -> None:
     """Keep how long the epochs of trials took that workers of this machine have run since.
 
     Args:
         store: has the trials.
         sweep: whose they are.
+        images: as of `kept_sample`, by the names of its studies.
         slots: where the workers ran.
         since: local time; trials that began earlier had other workers beside them.
     """
-    took: dict[Any, tuple[TrialConfig, list[float]]] = {}
+    took: dict[Any, tuple[TrialConfig, int, list[float]]] = {}
     for study in sweep.studies:
         for trial in store.get_all_trials(study.study_id, deepcopy=False):
             seconds, steps = trial.user_attrs.get(SECONDS), trial.last_step or 0
@@ -114,10 +124,11 @@ def keep_speeds(
             fresh = trial.datetime_start is not None and trial.datetime_start >= since
             if not (seconds and steps >= FEW_EPOCHS and here and whole and fresh):
                 continue
-            config = sweep.spec.config(study.cell, trial.params)
-            took.setdefault(key_of(config), (config, []))[1].append(seconds / steps)
-    for config, epochs in took.values():
-        before = kept_sample(config, slots)
+            config, number = sweep.spec.config(study.cell, trial.params), images[study.name]
+            of_shape = took.setdefault((key_of(config), number), (config, number, []))
+            of_shape[2].append(seconds / steps)
+    for config, number, epochs in took.values():
+        before = kept_sample(config, number, slots)
         sample = Sample(
             epoch_seconds=statistics.median(epochs),
             begin_seconds=0.0,  # it is in the epochs
@@ -128,14 +139,15 @@ def keep_speeds(
             measured="run",
             gpu_bytes=before.gpu_bytes if before else 0,
         )
-        keep_sample(config, slots, sample)
+        keep_sample(config, number, slots, sample)
 
 
-def _kept_path(config: TrialConfig, slots: Sequence[Slot]) -> Path:
+def _kept_path(config: TrialConfig, images: int, slots: Sequence[Slot]) -> Path:
     slot = slots[0]
     cuda = slot.device.startswith("cuda")
     identity = {
         "shape": key_of(config),
+        "images": images,
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(slot.device) if cuda else slot.device,
         # Workers on GPUs of their own are not in each other's way.
