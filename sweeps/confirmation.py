@@ -71,6 +71,13 @@ class Estimate:
     high: float | None
     count: int
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends of the interval, or the mean twice."""
+        if self.low is None or self.high is None:
+            return self.mean, self.mean
+        return self.low, self.high
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -119,7 +126,7 @@ class ConfirmedConfiguration:
     @property
     def estimate(self) -> Estimate | None:
         """Mean accuracy on the test images; None before the first run has ended."""
-        return _estimate([r.accuracy for r in self.runs if r.accuracy is not None])
+        return estimated([r.accuracy for r in self.runs if r.accuracy is not None])
 
     @property
     def again(self) -> float | None:
@@ -415,14 +422,15 @@ def _compare(best: ConfirmedConfiguration, known: ConfirmedConfiguration) -> Com
         if run.accuracy is not None and run.seed in theirs
     ]
     # One pair says nothing.
-    ahead = _estimate(differences, lowest=-1.0) if len(differences) > 1 else None
+    ahead = estimated(differences, lowest=-1.0) if len(differences) > 1 else None
     if ahead is None:
         return None
     p = float(paired_p_value(np.array(differences)))
     return Comparison(ahead, _number(p), None)
 
 
-def _estimate(values: Sequence[float], lowest: float = 0.0) -> Estimate | None:
+def estimated(values: Sequence[float], lowest: float = 0.0) -> Estimate | None:
+    """The mean of some accuracies, or of differences from -1 on; None of none."""
     import numpy as np
 
     from sweeps.significance import mean_interval

@@ -22,7 +22,7 @@ UNCONFIRMED = "unconfirmed"
 def shown_estimate(configuration: ConfirmedConfiguration) -> str:
     """Mean, interval, and what is missing of it, for one cell of a table."""
     estimate = configuration.estimate
-    text = f"{estimate.mean:.4f}{_interval(estimate)}" if estimate else "–"
+    text = f"{estimate.mean:.4f}{shown_interval(estimate)}" if estimate else "–"
     told = _told(configuration)
     left = sum(configuration.count(outcome) for outcome in ("running", "queued"))
     told += [f"{left} of {len(configuration.runs)} to come"] if left else []
@@ -35,8 +35,9 @@ def _told(configuration: ConfirmedConfiguration) -> list[str]:
     ]
 
 
-def _interval(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
+def shown_interval(estimate: Estimate | None) -> str:
+    """An interval after its mean; nothing where there is none."""
+    if estimate is None or estimate.low is None or estimate.high is None:
         return ""
     return f" [{estimate.low:.4f}, {estimate.high:.4f}]"
 
@@ -66,7 +67,7 @@ def confirmed_headline(confirmation: Confirmation) -> str:
     if not found:
         return "Unconfirmed so far: no run of a best configuration with another seed has ended."
     parts = [
-        f"{e.mean:.4f}{_interval(e)}"
+        f"{e.mean:.4f}{shown_interval(e)}"
         + (f" ({within_sweep(name)})" if len(confirmation.studies) > 1 else "")
         for name, e in found
     ]
@@ -169,7 +170,7 @@ def comparison_lines(confirmation: Confirmation) -> list[str]:
     """The best of each study against its known ones, one line each, and what the test is."""
     lines = [
         f"{within_sweep(study.name)}: best is ahead of {configuration.name} by "
-        f"{versus.ahead.mean:+.4f}{_interval(versus.ahead)}"
+        f"{versus.ahead.mean:+.4f}{shown_interval(versus.ahead)}"
         + (f", {p_text(versus.corrected)}" if versus.corrected is not None else "")
         for study in confirmation.studies
         for configuration in study.configurations
@@ -223,7 +224,7 @@ def _cells(study: ConfirmedStudy, configuration: ConfirmedConfiguration) -> dict
         "configuration": configuration.name + _number_of(configuration),
         "runs": f"{ended}{of}" + (f" ({', '.join(told)})" if told else ""),
         "found": _accuracy(configuration.found),
-        "confirmed": f"{estimate.mean:.4f}{_interval(estimate)}" if estimate else "–",
+        "confirmed": f"{estimate.mean:.4f}{shown_interval(estimate)}" if estimate else "–",
         "luck": _signed(configuration.luck),
         "drop": _signed(configuration.drop),
     }  # fmt: skip

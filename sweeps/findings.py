@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.attributes import CURVES, DEVICE_ACCURACIES
 from sweeps.config import TrialConfig, Value, written
-from sweeps.confirmation import read_answer
+from sweeps.confirmation import estimated, read_answer
 from sweeps.confirmed import (
     CONFIRMED_COLUMNS,
     confirmed_cells,
     confirmed_headline,
     confirmed_notes,
     confirmed_sentence,
+    shown_interval,
 )
 from sweeps.progress import describe_params
 from sweeps.report import answer_note, short_name
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 
 FEWEST_FOR_IMPORTANCE = 8
 """Complete trials of a study below which a parameter's importance is noise."""
+
+ALWAYS_TOLD = (
+    "dataset", "model", "norm", "num_devices", "split", "algorithm", "global_batch_size", "epochs",
+)  # fmt: skip
+"""Settings that a report names, whatever they are."""
+
+TOLD = (
+    "image_size", "noise_std", "num_train_images", "width_factor", "classes_per_device", "alpha",
+    "participation", "local_steps", "optimizer", "schedule",
+)  # fmt: skip
+"""Those that it names where the sweep sets them."""
 
 NEAR_END = 0.05
 """A value is at an end of its range when so small a part of the range is beyond it."""
@@ -69,7 +81,8 @@ class StudyFindings:
         curves: validation accuracy after each epoch, by trial number: of the best trial and of
             some that diverged. Over several seeds, the mean of a complete trial, and the last
             seed of any other.
-        seed_accuracies: the best trial's final accuracy with each seed; empty for one seed.
+        seed_accuracies: of each complete trial, by its number, the final accuracy with each seed;
+            empty for one seed.
         device_accuracies: what the best trial's network is worth to each device whose classes are
             among the validation images (`sweeps.attributes`), the worst one's first.
         importance: share of each parameter, or empty where too few trials completed.
@@ -80,9 +93,15 @@ class StudyFindings:
     config: TrialConfig
     validation_images: int | None
     curves: Mapping[int, Sequence[float]]
-    seed_accuracies: Sequence[float]
+    seed_accuracies: Mapping[int, Sequence[float]]
     device_accuracies: Sequence[float]
     importance: Mapping[str, float]
+
+    @property
+    def best_seed_accuracies(self) -> Sequence[float]:
+        """The best trial's final accuracy with each seed; empty for one seed."""
+        best = self.status.best
+        return self.seed_accuracies.get(best.number, ()) if best else ()
 
     @property
     def devices_differ(self) -> bool:
@@ -122,12 +141,10 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
         diverged.sort(key=lambda t: (not t.label, t.number))
         drawn = [*([study.best] if study.best else []), *diverged[:DRAWN_DIVERGED]]
         complete = [recorded[t.number] for t in study.trials if t.outcome == "complete"]
-        per_seed: list[list[float]] = []
         of_devices: list[float | None] = []
         if study.best:
             best = recorded[study.best.number]
             of_devices = best.system_attrs.get(DEVICE_ACCURACIES, [])
-            per_seed = _per_seed(best, config.epochs) if seeds > 1 else []
         studies.append(
             StudyFindings(
                 status=study,
@@ -135,7 +152,10 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
                 config=config,
                 validation_images=stored.scored_images,
                 curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},
-                seed_accuracies=[values[-1] for values in per_seed],
+                seed_accuracies={
+                    t.number: [values[-1] for values in _per_seed(t, config.epochs)]
+                    for t in (complete if seeds > 1 else ())
+                },
                 device_accuracies=sorted(a for a in of_devices if a is not None),
                 importance=_importance(complete, status.searched),
             )
@@ -195,6 +215,19 @@ def _best_accuracies(findings: Findings) -> str:
     return "Best accuracy: " + ", ".join(f"{value:.4f} ({name})" for name, _, value in found) + "."
 
 
+def trained_sentence(spec: SweepSpec) -> str:
+    """What all trials of a sweep share: the data, the network, the devices."""
+    config = spec.config(spec.cells[0], spec.lowest_params())
+    differ = {*spec.search, *(name for cell in spec.cells for name in cell)}
+    shared = {
+        name: value
+        for name, value in config.as_dict().items()
+        if name not in differ and (name in ALWAYS_TOLD or (name in TOLD and name in spec.train))
+    }
+    seeds = spec.budget.seeds
+    return f"Trained: {describe_params(shared)}" + (f" seeds={seeds}" if seeds > 1 else "")
+
+
 def progress_sentence(status: SweepStatus) -> str:
     """How many trials ended how, and what is still to come."""
     count = {o: sum(s.count(o) for s in status.studies) for o in (*OUTCOMES, "running", "queued")}
@@ -244,7 +277,7 @@ def _on_worst_device(study: StudyFindings, best: TrialStatus) -> list[str]:
     worst = best.worst_device_accuracy
     if worst is None or not study.devices_differ:
         return []
-    return [f"On the classes of the device that it serves worst it has {worst:.4f}."]
+    return [f"On the classes of the device that it serves worst its accuracy is {worst:.4f}."]
 
 
 def _at_the_end(spec: SweepSpec, study: StudyFindings, best: TrialStatus) -> list[str]:
@@ -272,9 +305,9 @@ def _confirmed(findings: Findings, study: StudyFindings, trial: TrialStatus) -> 
 
 
 def _uncertainty(study: StudyFindings, accuracy: float) -> str:
-    if study.seed_accuracies:
-        low, high = min(study.seed_accuracies), max(study.seed_accuracies)
-        return f" (seeds from {low:.4f} to {high:.4f})"
+    if values := study.best_seed_accuracies:
+        interval = shown_interval(estimated(values))
+        return f"{interval} (seeds from {min(values):.4f} to {max(values):.4f})"
     error = study.standard_error(accuracy)
     return "" if error is None else f" ± {error:.4f}"
 
@@ -329,7 +362,7 @@ def comparison_sentences(sweeps: Sequence[Findings]) -> list[str]:
         sentence = f"{name}: {', '.join(parts)}" if name else ", ".join(parts)
         (high, _, first), (low, _, second) = found[0], found[1]
         errors = [s.standard_error(v) for s, v in ((first, high), (second, low))]
-        if not first.seed_accuracies and not second.seed_accuracies and None not in errors:
+        if not any(s.best_seed_accuracies for s in (first, second)) and None not in errors:
             # Of the difference of two independent proportions.
             error = math.hypot(*(e for e in errors if e is not None))
             if high - low <= error:
@@ -396,11 +429,14 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
         "study", "number", "outcome", "label", *settings.values(), "accuracy",
         "worst_device_accuracy", "epochs", "seconds", "reason", "carried_from",
     ]  # fmt: skip
+    if any(f.status.seeds > 1 for f in findings):
+        columns.insert(columns.index("accuracy") + 1, "seed_accuracies")
     confirmed = any(f.status.confirmation for f in findings)
     columns += CONFIRMED_COLUMNS if confirmed else ()
     rows = []
-    found = [(f.status.confirmation, s.status) for f in findings for s in f.studies]
-    for confirmation, study in found:
+    found = [(f.status.confirmation, s) for f in findings for s in f.studies]
+    for confirmation, of in found:
+        study = of.status
         for trial in study.trials:
             values: Mapping[str, Value] = {**study.cell, **trial.params}
             rows.append(
@@ -411,6 +447,7 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
                     "label": trial.label,
                     **{column: _cell(values.get(name, "")) for name, column in settings.items()},
                     "accuracy": trial.accuracy,
+                    **_seed_cell(columns, of.seed_accuracies.get(trial.number, ())),
                     "worst_device_accuracy": trial.worst_device_accuracy,
                     "epochs": trial.step,
                     "seconds": trial.seconds,
@@ -422,6 +459,12 @@ def trial_rows(findings: Sequence[Findings]) -> tuple[list[str], list[dict[str, 
                 }
             )
     return columns, rows
+
+
+def _seed_cell(columns: Sequence[str], accuracies: Sequence[float]) -> dict[str, str]:
+    if "seed_accuracies" not in columns:
+        return {}
+    return {"seed_accuracies": ";".join(f"{accuracy:.6g}" for accuracy in accuracies)}
 
 
 def _column(setting: str) -> str:

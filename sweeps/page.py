@@ -29,6 +29,7 @@ from sweeps.findings import (
     notes,
     progress_sentence,
     study_sentences,
+    trained_sentence,
     trial_rows,
 )
 from sweeps.report import answer_columns, answer_note, answer_rows, short_name
@@ -101,8 +102,9 @@ def table_markdown(findings: Sequence[Findings]) -> str:
         lines = [_markdown_row(columns), f"|{'|'.join(rule)}|"]
         for rows in answer_rows(status):
             lines += [_markdown_row(row.cells(status)) for row in rows]
-        parts.append(f"## {_markdown(sweep.title)}")
+        parts.append(f"## {_markdown(_named(sweep))}")
         parts += [_markdown(status.question)] if status.question else []
+        parts.append(_markdown(trained_sentence(sweep.spec)))
         parts += ["\n".join(lines), answer_note(status), progress_sentence(status)]
     return "\n\n".join(parts) + "\n"
 
@@ -130,8 +132,9 @@ def figures_json(figures: Sequence[Figure]) -> str:
 
 def page_html(findings: Sequence[Findings], figures: Sequence[Figure], written: datetime) -> str:
     """The whole page."""
-    title = " · ".join(dict.fromkeys(sweep.title for sweep in findings))
     many = len(findings) > 1
+    titles = dict.fromkeys(sweep.title if many else _named(sweep) for sweep in findings)
+    title = " · ".join(titles)
     body = "".join(_answer(sweep, heading=many) for sweep in findings)
     if said := comparison_sentences(findings):
         items = "".join(f"<li>{_text(sentence)}</li>" for sentence in said)
@@ -146,6 +149,7 @@ def page_html(findings: Sequence[Findings], figures: Sequence[Figure], written: 
         head += f'<p class="question">{_text(one.question)}</p>' if one.question else ""
         source = findings[0].spec.source
         head += f'<p class="source">Source: {_text(source)}</p>' if source else ""
+        head += _trained(findings[0])
     version = metadata.version("sweep")
     when = f"{written:%Y-%m-%d %H:%M} UTC"
     foot = (
@@ -168,9 +172,9 @@ def _answer(sweep: Findings, *, heading: bool) -> str:
     status = sweep.status
     parts = []
     if heading:
-        named = f" ({status.name})" if sweep.title != status.name else ""
-        parts.append(f"<h2>{_text(sweep.title + named)}</h2>")
+        parts.append(f"<h2>{_text(_named(sweep))}</h2>")
         parts += [f'<p class="question">{_text(status.question)}</p>'] if status.question else []
+        parts.append(_trained(sweep))
     parts.append(f'<p class="headline">{_text(headline(sweep))}</p>')
     items = []
     for study in sweep.studies:
@@ -185,6 +189,19 @@ def _answer(sweep: Findings, *, heading: bool) -> str:
     return f'<section class="answer">{"".join(parts)}</section>'
 
 
+def _named(sweep: Findings) -> str:
+    name = sweep.status.name
+    return f"{sweep.title} ({name})" if sweep.title != name else name
+
+
+def _trained(sweep: Findings) -> str:
+    return (
+        f'<p class="source">{_text(trained_sentence(sweep.spec))}</p>'
+        f"<details><summary>The sweep as TOML</summary><pre>{_text(sweep.spec.as_toml())}</pre>"
+        "</details>"
+    )
+
+
 def _answer_table(sweep: Findings) -> str:
     status = sweep.status
     columns = answer_columns(status)
@@ -194,7 +211,7 @@ def _answer_table(sweep: Findings) -> str:
             cells = row.cells(status)
             if position:
                 cells[0] = ""
-            kind = ' class="best"' if row.configuration == "best" else ""
+            kind = ' class="best"' if row.is_best else ""
             body += f"<tr{kind}>{_cells(columns, cells)}</tr>"
     heads = "".join(f"<th{_align(column)}>{_text(column)}</th>" for column in columns)
     kind = ' class="settings"' if status.searched else ""

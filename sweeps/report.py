@@ -25,7 +25,7 @@ from sweeps.progress import describe_params
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
 
 VALIDATION_NOTE = {
-    "holdout": "Accuracies are on images held out of training; the test images are untouched.",
+    "holdout": "Accuracies are on images held out of training, not on the test images.",
     "test": (
         "Accuracies are on the test images, as in the post: the best of them is selected on "
         "what it is measured on, and so reads too high."
@@ -39,13 +39,15 @@ class AnswerRow:
 
     Attributes:
         study: the study's name, without the sweep's.
-        configuration: "best", or the label of a `[[try]]`.
+        configuration: "best", the label of a `[[try]]`, or both.
         trial: None where no trial of the study has completed and none is labelled.
+        is_best: whether it is the best complete trial of its study.
     """
 
     study: str
     configuration: str
     trial: TrialStatus | None
+    is_best: bool = False
 
     def cells(self, status: SweepStatus) -> list[str]:
         """Its text under each of `answer_columns`."""
@@ -73,9 +75,11 @@ def answer_rows(status: SweepStatus) -> list[list[AnswerRow]]:
     found = []
     for study in status.studies:
         name = short_name(status, study)
-        rows = [AnswerRow(name, t.label, t) for t in study.trials if t.label]
-        if study.best is not None:
-            rows.insert(0, AnswerRow(name, "best", study.best))
+        best = study.best
+        rows = [AnswerRow(name, t.label, t) for t in study.trials if t.label and t != best]
+        if best is not None:
+            called = f"best: {best.label}" if best.label else "best"
+            rows.insert(0, AnswerRow(name, called, best, is_best=True))
         found.append(rows or [AnswerRow(name, "no complete trial yet", None)])
     return found
 
@@ -103,7 +107,7 @@ def answer_note(status: SweepStatus) -> str:
 def answer_table(status: SweepStatus) -> Table | FittedAnswer:
     """The answer for a terminal; of a confirmation, its configurations instead of its trials."""
     if status.confirms and status.confirmation:
-        return _confirmation_table(status.title, status.confirmation)
+        return _confirmation_table(_heading(status), status.confirmation)
     return FittedAnswer(status)
 
 
@@ -133,7 +137,7 @@ class FittedAnswer:
             for row in rows:
                 if row.trial is not None:
                     name = f"{row.study}, {row.configuration} (#{row.trial.number}):"
-                    yield Text(name, style="bold" if row.configuration == "best" else "")
+                    yield Text(name, style="bold" if row.is_best else "")
                     cells = dict(zip(answer_columns(status), row.cells(status), strict=True))
                     for column in below:
                         word = "" if column == "parameters" else f"{column} "
@@ -141,9 +145,13 @@ class FittedAnswer:
         yield Text(answer_note(status), style="table.caption")
 
 
+def _heading(status: SweepStatus) -> str:
+    return f"{status.name}: {status.title}" if status.title else status.name
+
+
 def _trial_table(status: SweepStatus, columns: list[str]) -> Table:
     # As Text, so that no label is taken for Rich's markup.
-    title = Text(status.title or status.name, style="table.title")
+    title = Text(_heading(status), style="table.title")
     table = Table(title=title, title_justify="left", caption_justify="left")
     for column in columns:
         if column in ("study", "configuration", "parameters"):
@@ -156,7 +164,7 @@ def _trial_table(status: SweepStatus, columns: list[str]) -> Table:
             cells = row.cells(status)[: len(columns)]
             table.add_row(
                 *(Text(cell) for cell in (cells if position == 0 else ["", *cells[1:]])),
-                style="bold" if row.configuration == "best" else None,
+                style="bold" if row.is_best else None,
                 end_section=position == len(rows) - 1,
             )
     return table

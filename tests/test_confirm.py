@@ -1,6 +1,7 @@
 """`sweep confirm`: fresh seeds, the test images once, the same runs whatever comes between."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from sweeps.config import TrialConfig
 from sweeps.confirm import enqueue_runs
 from sweeps.confirmation import Confirmation, read_answer
 from sweeps.errors import SpecError, SweepError
+from sweeps.figures import make_figures
 from sweeps.findings import headline, notes, read_findings, study_sentences
 from sweeps.objective import Objective, Progress
 from sweeps.page import results_csv, table_markdown
@@ -649,6 +651,20 @@ def test_a_sweep_on_the_test_images_says_that_they_took_part(tmp_path: Path) -> 
     assert all(r.accuracy == r.validation_accuracy for r in best.runs)
     found = read_findings(store, stored_sweep(store, "tiny"))
     assert any("taken part in the choice" in note for note in notes(found))
+
+
+def test_the_confirmed_best_has_a_mark_with_its_interval(tmp_path: Path) -> None:
+    store, _ = known_confirmation(tmp_path)
+    found = read_findings(store, stored_sweep(store, "tiny"))
+    two = dataclasses.replace(found, studies=[*found.studies, *found.studies])
+    (drawn,) = (figure for figure in make_figures([two]) if figure.key == "best")
+    best = confirmation(store).studies[0].configurations[0].estimate
+    assert best is not None
+    (mark,) = (t for t in drawn.as_dict()["panels"][0]["data"] if t["name"] == "confirmed")
+    assert mark["x"] == pytest.approx([best.mean] * 2)  # names are read across
+    ends = (mark["error_x"]["arrayminus"][0], mark["error_x"]["array"][0])
+    assert ends == pytest.approx((best.mean - best.ends[0], best.ends[1] - best.mean))
+    assert "Diamonds: confirmed on the test images" in drawn.caption
 
 
 def test_a_run_that_failed_is_tried_once_more(tmp_path: Path) -> None:

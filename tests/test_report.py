@@ -172,15 +172,17 @@ def test_results_csv_has_what_each_sweep_enumerates(tmp_path: Path) -> None:
 
 def test_table_md_is_the_answer(tmp_path: Path) -> None:
     assert table_markdown([findings(known_sweep(tmp_path))]) == (
-        "## A &amp; B\n\n"
+        "## A &amp; B (known)\n\n"
         "Does it run?\n\n"
+        "Trained: dataset=digits model=resnet8 width_factor=0.25 norm=group num_devices=4 "
+        "split=iid algorithm=sync-sgd epochs=4 schedule=constant\n\n"
         "| study | configuration | trial | outcome | accuracy | parameters |\n"
         "|---|---|---:|---|---:|---|\n"
         "| global_batch_size=128 | best | #1 | complete | 0.8200 | peak_lr=0.2 warmup_epochs=1 |\n"
         "| global_batch_size=128 | post | #0 | complete | 0.8100 | peak_lr=0.1 warmup_epochs=0 |\n"
         "| global_batch_size=512 | best | #1 | complete | 0.6000 | peak_lr=0.2 warmup_epochs=1 |\n"
         "| global_batch_size=512 | post | #0 | diverged | – | peak_lr=0.1 warmup_epochs=0 |\n\n"
-        "Accuracies are on images held out of training; the test images are untouched.\n\n"
+        "Accuracies are on images held out of training, not on the test images.\n\n"
         "7 of 8 trials have ended: 3 complete, 1 pruned, 2 diverged, 1 failed. 1 running and 0 "
         "queued: what stands here may still change.\n"
     )
@@ -206,7 +208,7 @@ def test_the_answer_in_words(tmp_path: Path) -> None:
     ]
     text = without_scripts(page_of(found))
     assert "7 of 8 trials have ended: 3 complete, 1 pruned, 2 diverged, 1 failed." in text
-    assert "the test images are untouched" in text
+    assert "not on the test images" in text
     assert "how far another seed would move its accuracy was not measured" in text
     assert "Written 2026-01-02 03:04 UTC" in text
 
@@ -293,7 +295,8 @@ def test_a_sweep_that_searches_nothing(tmp_path: Path) -> None:
     add(store, spec, 1, "complete", [0.1, 0.3, 0.5, 0.5, 0.2, 0.4, 0.6, 0.5], {})
     found = findings(store)
     assert study_sentences(found, found.studies[0]) == [
-        "The only complete trial is #0 with accuracy 0.8000 (seeds from 0.7000 to 0.9000)."
+        "The only complete trial is #0 with accuracy 0.8000 [0.0000, 1.0000] (seeds from 0.7000 to "
+        "0.9000)."
     ]
     assert found.studies[0].curves[0] == pytest.approx([0.15, 0.35, 0.55, 0.8])
     assert "Each is the mean over 2 seeds." in page_of(found)
@@ -301,6 +304,9 @@ def test_a_sweep_that_searches_nothing(tmp_path: Path) -> None:
     assert list(drawn) == ["best", "curves"]
     assert "Best: highest 0.8000 (norm=group,split=iid), lowest 0.5000" in drawn["best"].caption
     assert "Bars are the range over seeds." in drawn["best"].caption
+    columns, *rows = csv.reader(io.StringIO(results_csv([found])))
+    place = columns.index("seed_accuracies")
+    assert [row[place] for row in rows] == ["0.7;0.9", "0.5;0.5"]
     assert "parameters" not in table_markdown([found])
 
 

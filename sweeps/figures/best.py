@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sweeps.config import written
+from sweeps.confirmation import Estimate
 from sweeps.figures.parts import (
     BATCH,
     COLOURS,
@@ -25,6 +26,7 @@ from sweeps.figures.parts import (
     wrap,
 )
 from sweeps.findings import StudyFindings
+from sweeps.status import TrialStatus
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def best_by_axis(entries: list[Entry]) -> Figure | None:
         return None
     comparison = compare(entries)
     axis, positions, lines = comparison.axis, comparison.positions, comparison.lines
-    scored = [t for e in entries for t in [e.study.status.best, *labelled(e)] if t]
+    scored = [t for e in entries for t in [e.study.status.best, *_known(e)] if t]
     floor, top = bounds(scored, [accuracy for e in entries for accuracy in _ends(e)])
     traces: list[dict[str, Any]] = []
     for number, (name, line) in enumerate(lines.items()):
@@ -142,7 +144,9 @@ def _line(
             },
         }
     ]
-    known = [(e, t) for e in line for t in labelled(e) if t.outcome in ("complete", "diverged")]
+    if trace := _confirmed(name, line, positions, colour):
+        traces.append(trace)
+    known = [(e, t) for e in line for t in _known(e)]
     for outcome, mark in (("complete", f"{symbol}-open"), ("diverged", "x-thin-open")):
         tries = [(e, t) for e, t in known if t.outcome == outcome]
         if tries:
@@ -164,6 +168,46 @@ def _line(
     return traces
 
 
+def _known(entry: Entry) -> list[TrialStatus]:
+    """The trials of the `[[try]]` tables that have a mark of their own."""
+    best = entry.study.status.best
+    return [t for t in labelled(entry) if t.outcome in ("complete", "diverged") and t != best]
+
+
+def _confirmed(
+    name: str, line: list[Entry], positions: Mapping[int, Any], colour: str
+) -> dict[str, Any] | None:
+    """The means over fresh seeds of the best configurations, with their intervals."""
+    found = [(e, estimate) for e in line if (estimate := _estimate(e))]
+    if not found:
+        return None
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "confirmed" if name == "best" else f"{plain(name)}: confirmed",
+        "x": [positions[e.index] for e, _ in found],
+        "y": [estimate.mean for _, estimate in found],
+        "text": [f"{plain(e.name)}, confirmed: {estimate.mean:.4f}" for e, estimate in found],
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {
+            "color": colour, "symbol": "diamond-tall-open", "size": 13, "line": {"width": 2}
+        },
+        "error_y": {
+            "array": [estimate.ends[1] - estimate.mean for _, estimate in found],
+            "arrayminus": [estimate.mean - estimate.ends[0] for _, estimate in found],
+            "color": colour,
+            "thickness": 2,
+        },
+    }  # fmt: skip
+
+
+def _estimate(entry: Entry) -> Estimate | None:
+    """What the confirmation found of a study's best configuration."""
+    confirmation, best = entry.sweep.status.confirmation, entry.study.status.best
+    found = confirmation.of_trial(entry.study.name, best.number) if confirmation and best else None
+    return found.estimate if found else None
+
+
 def _turned(trace: dict[str, Any]) -> dict[str, Any]:
     """A trace with its axes exchanged."""
     turned = {k: v for k, v in trace.items() if k not in ("x", "y", "error_y")}
@@ -172,8 +216,8 @@ def _turned(trace: dict[str, Any]) -> dict[str, Any]:
 
 
 def _error(study: StudyFindings, accuracy: float) -> tuple[float, float]:
-    if study.seed_accuracies:
-        low, high = min(study.seed_accuracies), max(study.seed_accuracies)
+    if values := study.best_seed_accuracies:
+        low, high = min(values), max(values)
         return max(0.0, accuracy - low), max(0.0, high - accuracy)
     error = (
         study.standard_error(accuracy)
@@ -184,12 +228,13 @@ def _error(study: StudyFindings, accuracy: float) -> tuple[float, float]:
 
 
 def _ends(entry: Entry) -> list[float]:
-    """Both ends of the bar of a study's best accuracy."""
-    best = entry.study.status.best
+    """The ends of the bars of a study's best accuracy, and of its confirmation."""
+    best, confirmed = entry.study.status.best, _estimate(entry)
     if best is None or best.accuracy is None:
         return []
     low, high = _error(entry.study, best.accuracy)
-    return [best.accuracy - low, best.accuracy + high]
+    ends = [best.accuracy - low, best.accuracy + high]
+    return [*ends, *confirmed.ends] if confirmed else ends
 
 
 def _best_caption(
@@ -224,9 +269,15 @@ def _best_caption(
     keys = []
     every = [e for line in lines.values() for e in line]
     if any(_error(e.study, 0.5) != (0.0, 0.0) for e in every):
-        bars = "the range over seeds" if every[0].study.seed_accuracies else "one standard error"
+        bars = (
+            "the range over seeds" if every[0].study.best_seed_accuracies else "one standard error"
+        )
         keys.append(f"Bars are {bars}.")
-    tries = [t.outcome for e in every for t in labelled(e)]
+    if any(_estimate(e) for e in every):
+        keys.append(
+            "Diamonds: confirmed on the test images with other seeds, and the 95 % interval."
+        )
+    tries = [t.outcome for e in every for t in _known(e)]
     if "complete" in tries:
         keys.append("Hollow: known beforehand.")
     if "diverged" in tries:

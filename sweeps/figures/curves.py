@@ -102,7 +102,8 @@ def _curves_caption(shown: list[Entry], cut: int, thinned: bool) -> str:
     diverged = sum(e.study.status.count("diverged") for e in drawn)
     if diverged:
         unseen = sum(t.outcome == "diverged" and t.step == 0 for e in drawn for t in e.trials)
-        shares = f"{cut} of the {diverged} trials" if diverged > 1 else "the trial"
+        of_those = "" if cut == diverged else f"{cut} of "
+        shares = f"{of_those}the {diverged} trials" if diverged > 1 else "the trial"
         parts.append(
             (f"Thin, cut at a cross: {shares} that diverged" if cut else f"{diverged} diverged")
             + (f"; {unseen} did so before an epoch had ended" if unseen else "")

@@ -24,6 +24,7 @@ from sweeps.figures.parts import (
     make_plot,
     make_points,
     mark_key,
+    score_title,
     thin,
     thinning,
 )
@@ -156,7 +157,12 @@ def _map_points(
         "cmax": limits[1],
         "colorscale": "Cividis",
     }
-    bar = {"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 10}}
+    bar = {
+        "title": {"text": score_title([entry]), "side": "right", "font": {"size": 10}},
+        "thickness": 10,
+        "outlinewidth": 0,
+        "tickfont": {"size": 10},
+    }
     traces = []
     for outcome, marker in (
         ("pruned", {"symbol": "circle-open", "size": size, "line": {"width": 1.5}, **scale}),
