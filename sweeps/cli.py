@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sweeps.errors import SweepError
+from sweeps.errors import SpecError, SweepError, nearest
 from sweeps.exits import is_full_disk, told_of
 from sweeps.options import (
     AUTO,
@@ -78,7 +78,13 @@ def _print_version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Say which it is."),
+        typer.Option(
+            "--version",
+            metavar="",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
     ] = False,
 ) -> None:
     """Hyperparameter sweeps for training without Batch Normalization on non-IID data."""
@@ -104,7 +110,7 @@ def start(
         ),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask before a run of more than a day.")
+        bool, typer.Option("--yes", metavar="", help="Do not ask before a run of more than a day.")
     ] = False,
     storage_url: Storage = DEFAULT_STORAGE,
     data_dir: DataDir = None,
@@ -131,10 +137,16 @@ def start(
 def confirm(
     sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
     top: Annotated[
-        int, typer.Option(min=1, metavar="K", help="How many of each study's best.")
+        int,
+        typer.Option(
+            min=1, metavar="K", help="How many of the best trials of each study to confirm."
+        ),
     ] = 1,
     seeds: Annotated[
-        int, typer.Option(min=2, max=1000, metavar="S", help="Runs of each, a seed each.")
+        int,
+        typer.Option(
+            min=2, max=1000, metavar="S", help="Runs of each configuration, one seed each."
+        ),
     ] = 5,
     workers: WorkersOfRuns = AUTO,
     on: On = "local",
@@ -279,7 +291,9 @@ def export(
     sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
     file: Annotated[Path, typer.Argument(help="The file to write.")],
     storage_url: Storage = DEFAULT_STORAGE,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", metavar="", help="Replace the file if it exists.")
+    ] = False,
 ) -> None:
     """Write a sweep to one file, while workers run: trials, curves, checkpoints, spec."""
     from sweeps.transfer import export_sweep
@@ -294,7 +308,9 @@ def import_(
     storage_url: Storage = DEFAULT_STORAGE,
     merge: Annotated[
         bool,
-        typer.Option("--merge", help="Keep what both have computed where both have gone on."),
+        typer.Option(
+            "--merge", metavar="", help="Keep what both have computed where both have gone on."
+        ),
     ] = False,
     name: Name = None,
 ) -> None:
@@ -312,7 +328,7 @@ def import_(
 @app.command(rich_help_panel="Move")
 def delete(
     sweep: Annotated[str, typer.Argument(help="The name of a sweep in the store.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", metavar="", help="Do not ask.")] = False,
     storage_url: Storage = DEFAULT_STORAGE,
 ) -> None:
     """Remove a sweep, its confirmation and their checkpoints, for good."""
@@ -402,6 +418,7 @@ def status(
         bool,
         typer.Option(
             "--watch",
+            metavar="",
             help="Follow one sweep until it is done; with --json, a line for each change.",
         ),
     ] = False,
@@ -535,7 +552,9 @@ def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     writable: Annotated[
         bool,
-        typer.Option("--writable", help="Let whoever reaches it change and delete studies."),
+        typer.Option(
+            "--writable", metavar="", help="Let whoever reaches it change and delete studies."
+        ),
     ] = False,
 ) -> None:
     """Open optuna-dashboard on the store."""
@@ -626,11 +645,18 @@ def _load(
     What is stored has taken its `--quick` into its settings, and has none any more.
     """
     from sweeps import specfiles
-    from sweeps.studies import store_to_read, stored_names, stored_sweep
+    from sweeps.studies import shown_url, store_to_read, stored_names, stored_sweep
 
     if not sweep.endswith(".toml") and sweep not in specfiles.presets():
         store = store_to_read(storage_url)
-        if store and sweep in stored_names(store) and not quick:
+        names = stored_names(store) if store else []
+        if sweep not in names:
+            hint = nearest(sweep, [*specfiles.presets(), *names])
+            raise SpecError(
+                f"there is no preset {sweep!r}, and no sweep of this name in "
+                f"{shown_url(storage_url)}; {hint}; a file of your own ends in .toml"
+            )
+        if store and not quick:
             kept = stored_sweep(store, sweep).spec
             if not overrides and name is None:
                 return kept

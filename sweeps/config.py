@@ -148,7 +148,7 @@ class TrialConfig:
     )
     num_train_images: int | str = _setting(
         "all",
-        "Images of the training set that are used, a stratified subset.",
+        "Images of the training set that are used, a stratified subset, before some are held out.",
         int,
         low=20,
         word="all",
@@ -192,7 +192,13 @@ class TrialConfig:
         str,
         choices=NORMS,
     )
-    num_groups: int = _setting(32, "Groups of Group Normalization.", int, low=1)
+    num_groups: int = _setting(
+        32,
+        "Groups of Group Normalization; they divide every layer's channels, at full width up to 64 "
+        "for `resnet18`, 16 for `resnet8` and `resnet20`.",
+        int,
+        low=1,
+    )
     batch_statistics: str = _setting(
         "mean",
         "How the devices' running variances become one for evaluation: their mean, or the "
@@ -442,27 +448,24 @@ class TrialConfig:
         """
         settings = cls.settings()
         if name not in settings:
-            raise SpecError(f"{where} has no key {name!r}; {nearest(name, settings)}")
+            offered = [n for n, s in settings.items() if s.searchable or where != "[search]"]
+            raise SpecError(f"{where} has no key {name!r}; {nearest(name, offered)}")
         return settings[name]
 
     @classmethod
-    def build(cls, values: Mapping[str, object], *, where: str = "[train]") -> TrialConfig:
+    def build(cls, values: Mapping[str, object]) -> TrialConfig:
         """Check `values` one by one and together, and make a config of them.
 
         Args:
             values: fields by name; those left out keep their defaults.
-            where: what to call the place they came from in an error message.
 
         Raises:
             SpecError: for an unknown name, a value out of range, or values that contradict
                 each other.
         """
-        settings = cls.settings()
-        checked: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in settings:
-                raise SpecError(f"{where} has no key {name!r}; {nearest(name, settings)}")
-            checked[name] = settings[name].check(name, value)
+        checked: dict[str, Any] = {
+            name: cls.setting(name, "[train]").check(name, value) for name, value in values.items()
+        }
         config = cls(**checked)
         config._check_together()
         return config
@@ -471,7 +474,8 @@ class TrialConfig:
         if self.warmup_epochs > self.epochs:
             raise SpecError(
                 f"warmup_epochs = {self.warmup_epochs:g} is longer than the training; accepted: "
-                f"up to epochs = {self.epochs}"
+                f"up to epochs = {self.epochs}, for a searched range as well "
+                f"(search.warmup_epochs.high={self.epochs})"
             )
         devices = self.devices_per_round
         fewest = 2 * devices if self.norm == "batch" else devices

@@ -34,6 +34,8 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     if not names:
         return "nothing is accepted here"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    # As peak_lr for lr, which is short of being alike.
+    close += sorted((n for n in names if name in n.split("_")), key=len)
     meant = f"did you mean {close[0]!r}? " if close else ""
     return f"{meant}accepted: {', '.join(names)}"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+from pathlib import Path
 
 import typer
 
@@ -30,7 +32,10 @@ def told_of(error: Exception) -> tuple[str | None, int] | None:
         message = message.replace("Value error, ", "")  # pydantic's, which Typer passes on
         message = message.removesuffix(".")
         stop = "" if message.endswith("?") else ";"
-        return f"{message}{stop} sweep --help lists what there is", 2
+        where = getattr(getattr(error, "ctx", None), "command_path", "sweep")
+        return f"{message}{stop} {where} --help lists what there is", 2
+    if isinstance(error, ImportError):
+        return _shadowed(error)
     # By name, as importing the leaves' own errors would load PyTorch for every mistake.
     names = {cls.__name__ for cls in type(error).__mro__}
     if "StorageURLError" in names:
@@ -49,6 +54,22 @@ def told_of(error: Exception) -> tuple[str | None, int] | None:
         full = "disk is full" in reason(error)  # SQLite's words
         advice = "free some space there" if full else "check it or restore a copy"
         return f"the database failed ({reason(error)}); {advice}, then run this again", 1
+    return None
+
+
+def _shadowed(error: ImportError) -> tuple[str, int] | None:
+    """Of a package of somebody else's that stands in front of one of Sweep's own."""
+    root = Path(__file__).parents[1]
+    for package in ("data", "models", "storage"):
+        found = getattr(sys.modules.get(package), "__file__", None)
+        folder = Path(found).parents[1] if found is not None else root
+        if folder != root:
+            return (
+                f"a package {package!r} in {folder} stands in front of Sweep's own; "
+                "put what PYTHONPATH leads to in a folder without packages called data, models, "
+                "storage or sweeps",
+                1,
+            )
     return None
 
 

@@ -40,9 +40,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the sweep; repeatable."),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="The sweep's small version, for a CPU.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", metavar="", help="The sweep's small version, for a CPU.")
+]
 Name = Annotated[str | None, typer.Option("--name", help="Keep the sweep under this name.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of tables.")]
 
 
 def parse_workers(text: str) -> int:
@@ -95,8 +97,8 @@ WorkersOfRuns = Annotated[
         "--workers",
         parser=parse_workers,
         metavar="N",
-        help="Worker processes; auto is one a GPU; without GPUs, as cores, memory and runs allow; "
-        "0 leaves all to workers that join from elsewhere.",
+        help="Worker processes; auto is one per GPU; without GPUs, as many as cores, memory and "
+        "runs allow; 0 leaves all to workers that join from elsewhere.",
     ),
 ]
 On = Annotated[

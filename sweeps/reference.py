@@ -73,8 +73,8 @@ def _train() -> str:
     defaults = {f.name: f.default for f in dataclasses.fields(TrialConfig)}
     lines = [
         "## `[train]`\n",
-        "What one training is. Keys marked with · cannot be searched: they decide how accuracy is",
-        "measured.\n",
+        "What one training is. Keys marked with · cannot be searched: they are the same in all",
+        "trials of a study.\n",
         "| key | default | accepted | meaning |",
         "|---|---|---|---|",
     ]

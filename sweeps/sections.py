@@ -169,7 +169,7 @@ def parse_tries(
             if not search[name].contains(params[name]):
                 raise SpecError(
                     f"{where}: {name} = {value!r} is outside the search space; accepted: "
-                    f"{search[name]}"
+                    f"{search[name]}, or no known configuration at all (try=[])"
                 )
         attempt = Try(label, params, _parse_when(where, entry.get("when", {}), cells))
         if not any(attempt.applies_to(cell) for cell in cells):

@@ -106,8 +106,8 @@ def parse_search(table: Mapping[str, Any], *, seeds: bool = False) -> dict[str, 
         setting = TrialConfig.setting(name, "[search]")
         if not setting.searchable and not (seeds and name == "seed"):
             raise SpecError(
-                f"[search] {name}: it decides how trials are measured, so it cannot differ "
-                "between the trials of a study; put it in [train] or [each]"
+                f"[search] {name}: it has to be the same in all trials of a study; put it in "
+                "[train] or [each]"
             )
         if not isinstance(given, dict):
             raise SpecError(

@@ -86,7 +86,7 @@ class SweepSpec:
         Raises:
             SpecError: if the values contradict each other.
         """
-        return TrialConfig.build({**self.train, **cell, **params}, where="[train]")
+        return TrialConfig.build({**self.train, **cell, **params})
 
     def lowest_params(self) -> dict[str, Value]:
         """A point of the search space: every parameter at its lowest."""

@@ -256,7 +256,7 @@ def _override(table: dict[str, Any], text: str) -> None:
             parts = ["train", *parts]
             _refuse_enumerated(table, key)
         else:
-            hint = nearest(key, [*settings, *budget])
+            hint = nearest(key, [*settings, *budget, "workers.threads"])
             raise SpecError(f"--set {text!r}: there is no key {key!r}; {hint}")
     if parts[0] not in (*SECTIONS, *TEXTS) or parts[0] == "quick":
         accepted = [s for s in (*SECTIONS, *TEXTS) if s != "quick"]

@@ -306,6 +306,18 @@ def test_a_mistake_is_one_line_and_a_status(
     assert not (tmp_path / "sweep.db").exists()
 
 
+def test_a_package_in_front_of_ours_is_named(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").touch()
+    write_spec(tmp_path / "tiny.toml")
+    # A process of its own: the others have the right one imported.
+    done = subprocess.run(
+        command("plan", "tiny.toml"), cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=environment() | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    mistake(done, 1, f"a package 'models' in {tmp_path} stands in front of Sweep's own")
+
+
 def test_the_home_folder_is_known_by_its_sign_in_the_environment_too(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", train={"dataset": "images"})
     env = environment() | {"HOME": str(tmp_path), "SWEEP_DATA_DIR": "~/pictures"}

@@ -59,7 +59,7 @@ def epoch_share(spec: SweepSpec, status: SweepStatus | None, store: BaseStorage 
     with the same pruner, search and epochs. Else by the kind of the pruner: a median leaves
     `LEFT_PAST_WARMUP` past its warmup, a percentile its percentage; `WarmupHalvingPruner` passes
     the best and, by `PASS_BY_TOLERANCE`, those near them; successive halving promotes
-    one in `reduction_factor` at each rung (Li et al. 2018, arXiv 1810.05934, algorithm 1), and
+    one in `reduction_factor` at each rung (Li et al. 2020, arXiv 1810.05934, algorithm 1), and
     of Hyperband's brackets (Li et al. 2018, arXiv 1603.06560) each has as many trials.
     """
     if spec.pruner["type"] == "NopPruner":

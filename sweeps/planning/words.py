@@ -41,7 +41,9 @@ def plan_line(plan: Plan) -> str:
     if not left:
         return "nothing is left to run"
     lengths = {study.epochs_per_trial for study in left}
-    each = f" x {plural(lengths.pop(), 'epoch')}" if len(lengths) == 1 else ""
+    seeds = plan.spec.budget.seeds
+    each = f" x {plural(lengths.pop() // seeds, 'epoch')}" if len(lengths) == 1 else ""
+    each += f" x {seeds} seeds" if each and seeds > 1 else ""
     parts = [
         f"{plural(trials, 'trial')}{each} in {plural(len(left), 'study', 'studies')}",
         plural(len(plan.slots), "worker"),
@@ -62,13 +64,15 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("study", overflow="fold", ratio=1)
     for column in ("trials", "done", "epochs each", "updates an epoch", "an epoch", "a trial"):
         table.add_column(column, justify="right", no_wrap=True)
+    seeds = plan.spec.budget.seeds
+    of_seeds = f" x {seeds} seeds" if seeds > 1 else ""
     for study in plan.studies:
         known = plan.knows(study)
         table.add_row(
             study.name.removeprefix(f"{plan.spec.name}/"),
             str(study.trials),
             str(study.finished),
-            f"{study.epochs_per_trial:,}",
+            f"{study.epochs_per_trial // seeds:,}{of_seeds}",
             f"{study.sizes.updates_per_epoch:,}",
             spoken(plan.epoch_seconds(study)) if known else "–",
             spoken(plan.trial_seconds(study)) if known else "–",
@@ -86,9 +90,10 @@ def plan_lines(plan: Plan) -> list[str]:
     )
     if any(study.finished for study in plan.studies):
         work += f"; of {sum(s.trials for s in plan.studies)} trials in all"
-    for limit, name in ((plan.hours_left, "hours"), (plan.epochs_budget_left, "epochs_total")):
-        if limit is not None:
-            work += f"; the budget {name} leaves {limit:,.3g}"
+    if plan.hours_left is not None:
+        work += f"; the budget hours leaves {plan.hours_left:.3g}"
+    if plan.epochs_budget_left is not None:
+        work += f"; the budget epochs_total leaves {plan.epochs_budget_left:,}"
     slot = plan.slots[0]
     disk = [f"store {_megabytes(plan.store_bytes())}"]
     if kept := plan.checkpoint_bytes():
@@ -111,7 +116,10 @@ def plan_lines(plan: Plan) -> list[str]:
             whole = spoken(plan.seconds(pruning=False))
             lines.append(f"unpruned:   about {whole}")
         if left and plan.spec.pruner["type"] != "NopPruner":
-            lines.append(f"pruning:    {plan.share.value:.0%} of the epochs, {plan.share.whence}")
+            lines.append(
+                f"pruning:    trials that it may end run {plan.share.value:.0%} of their epochs "
+                f"({plan.share.whence})"
+            )
     else:
         lines.append("time:       not measured")
     smaller = {
