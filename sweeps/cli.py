@@ -422,10 +422,15 @@ def status(
             help="Follow one sweep until it is done; with --json, a line for each change.",
         ),
     ] = False,
+    trials: Annotated[
+        bool, typer.Option("--trials", metavar="", help="Every trial, in the place of the answer.")
+    ] = False,
 ) -> None:
     """Say how far the store's sweeps are, and the best trial of each study."""
     if watch and sweep is None:
         raise typer.BadParameter("--watch follows one sweep; give its name")
+    if watch and trials:
+        raise typer.BadParameter("--watch shows how far the trials are; leave one of the two out")
     import gc
 
     if not watch:
@@ -433,7 +438,7 @@ def status(
     from storage.engine import open_storage
     from sweeps.confirmation import read_answer
     from sweeps.progress import print_line
-    from sweeps.report import answer_table, disk_line, outcome_lines
+    from sweeps.report import answer_table, disk_line, outcome_lines, trials_table
     from sweeps.studies import shown_url, stored_sweep, stored_sweeps
 
     _quiet_libraries()
@@ -450,13 +455,14 @@ def status(
         print_line(_stderr(), f"sweep: {name} cannot be read here: {error}")
     statuses = [read_answer(store, s) for s in sweeps]
     if as_json:
-        _print_json(statuses[0].as_dict() if sweep else [s.as_dict() for s in statuses])
+        told = [found.as_dict(trials=trials) for found in statuses]
+        _print_json(told[0] if sweep else told)
         return
     if not statuses and not unreadable:
         raise SweepError(f"{shown_url(storage_url)} holds no sweep; sweep start NAME begins one")
     out = _stdout()
     for found in statuses:
-        out.print(answer_table(found))
+        out.print(trials_table(found) if trials else answer_table(found))
         for line in (*outcome_lines(found), disk_line(found.name, storage_url)):
             print_line(out, line)
 

@@ -21,7 +21,7 @@ from sweeps.confirmed import (
     shown_estimate,
 )
 from sweeps.errors import plural
-from sweeps.progress import describe_params
+from sweeps.progress import PlainTable, describe_params
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
 
 VALIDATION_NOTE = {
@@ -167,6 +167,21 @@ def _trial_table(status: SweepStatus, columns: list[str]) -> Table:
                 style="bold" if row.is_best else None,
                 end_section=position == len(rows) - 1,
             )
+    return table
+
+
+def trials_table(status: SweepStatus) -> Table:
+    """Every trial, a row each; an accuracy in brackets is that of one that did not complete."""
+    table = PlainTable(title=Text(_heading(status), style="table.title"), title_justify="left")
+    for column in ("study", "trial", "outcome", "accuracy", "epochs", "label", "parameters"):
+        number = column in ("trial", "accuracy", "epochs")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for study in status.studies:
+        for trial in study.trials:
+            cells = [short_name(status, study), f"#{trial.number}", trial.outcome, _accuracy(trial)]
+            cells += [str(trial.step), trial.label, describe_params(trial.params)]
+            best = study.best is not None and trial.number == study.best.number
+            table.add_row(*cells, style="bold" if best else None)
     return table
 
 

@@ -138,8 +138,12 @@ class SweepStatus:
         """Whether a budget is met: every study's trials, or the sweep's time or epochs."""
         return bool(self.spent) or all(study.finished >= study.budget for study in self.studies)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`: counts by outcome, budget, best trial and running ones of each study."""
+    def as_dict(self, *, trials: bool = False) -> dict[str, Any]:
+        """For `--json`: counts by outcome, budget, best trial and running ones of each study.
+
+        Args:
+            trials: add every trial.
+        """
         return {
             "name": self.name,
             "title": self.title,
@@ -165,6 +169,7 @@ class SweepStatus:
                     "running": [
                         dataclasses.asdict(t) for t in study.trials if t.outcome == "running"
                     ],
+                    **({"trials": [dataclasses.asdict(t) for t in study.trials]} if trials else {}),
                 }
                 for study in self.studies
             ],

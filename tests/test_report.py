@@ -587,6 +587,26 @@ def test_colours_are_told_apart() -> None:
     assert len(set(COLOURS)) == len(COLOURS) == 7
 
 
+def test_status_lists_every_trial(tmp_path: Path) -> None:
+    known_sweep(tmp_path)
+    shown = run("status", "known", "--trials", cwd=tmp_path).stdout.splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown if "│" in line]
+    assert rows[0] == [
+        "global_batch_size=128", "#0", "complete", "0.8100", "4", "post",
+        "peak_lr=0.1 warmup_epochs=0",
+    ]  # fmt: skip
+    assert [row[1:4] for row in rows[2:]] == [
+        ["#2", "pruned", "(0.2000)"], ["#3", "diverged", "–"],
+        ["#0", "diverged", "–"], ["#1", "complete", "0.6000"], ["#2", "failed", "–"],
+        ["#3", "running", "(0.3000)"],
+    ]  # fmt: skip
+    told = json.loads(run("status", "known", "--trials", "--json", cwd=tmp_path).stdout)
+    outcomes = [trial["outcome"] for trial in told["studies"][1]["trials"]]
+    assert outcomes == ["diverged", "complete", "failed", "running"]
+    plain = json.loads(run("status", "known", "--json", cwd=tmp_path).stdout)
+    assert "trials" not in plain["studies"][0]
+
+
 def test_the_command_writes_four_files_and_names_the_page(tmp_path: Path) -> None:
     store = known_sweep(tmp_path)
     done = run("report", "known", cwd=tmp_path)
