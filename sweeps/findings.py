@@ -185,7 +185,7 @@ def _importance(trials: Sequence[FrozenTrial], searched: Sequence[str]) -> dict[
         return {}
     # Five trials at least are to count as good, and never more than half of them.
     quantile = min(0.5, max(0.1, 5 / len(trials)))
-    return importance_shares(trials, searched, quantile)
+    return importance_shares(trials, quantile)
 
 
 # --- words --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from sweeps.findings import (
     read_findings,
     study_sentences,
 )
-from sweeps.importance import importance_shares
 from sweeps.page import default_folder, page_html, results_csv, table_markdown, write_report
 from sweeps.report import answer_table
 from sweeps.spec import SweepSpec
@@ -446,30 +444,6 @@ def test_the_cliff_moves_with_the_batch_size(tmp_path: Path) -> None:
     layouts = [panel["layout"] for panel in drawn.as_dict()["panels"]]
     assert layouts[0]["xaxis"]["range"] == layouts[1]["xaxis"]["range"]
     assert layouts[0]["yaxis"]["range"] == layouts[1]["yaxis"]["range"]
-
-
-@pytest.mark.parametrize("trials", [8, 60])
-def test_the_importance_is_optunas(tmp_path: Path, trials: int) -> None:
-    study = optuna.create_study(
-        direction="maximize", sampler=optuna.samplers.RandomSampler(seed=trials)
-    )
-
-    def score(trial: optuna.Trial) -> float:
-        # A range that was moved is a range of its own.
-        lr = trial.suggest_float("lr", 0.001, 1.0 if trial.number % 2 else 2.0, log=True)
-        groups = trial.suggest_int("groups", 1, 64, log=True)
-        clip = trial.suggest_categorical("clip", ["off", 1.0, True])
-        share = trial.suggest_float("share", 0.0, 1.0, step=0.1)
-        return -abs(math.log(lr) + 2) + (clip == 1.0) - share**2 + groups / 640
-
-    study.optimize(score, n_trials=trials)
-    quantile = 0.1 if trials == 60 else 0.5
-    theirs = optuna.importance.get_param_importances(
-        study,
-        evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile),
-    )
-    ours = importance_shares(study.trials, ["lr", "groups", "clip", "share"], quantile)
-    assert ours == pytest.approx(theirs, abs=1e-9)
 
 
 def test_trials_that_scored_alike_have_no_importance(tmp_path: Path) -> None:
