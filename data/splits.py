@@ -22,6 +22,9 @@ Sources:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -285,62 +288,39 @@ def split_devices(
         ValueError: scheme is unknown, the scheme rejects its arguments, or shared_images leaves
             too few images to divide.
     """
-    if shared_images:
-        values = _check(labels, num_devices, seed)
-        shared = shared_slice(values, shared_images, seed=seed)
-        others = np.delete(np.arange(len(values)), shared)
-        if num_devices > len(others):
-            raise ValueError(
-                f"shared_images is {shared_images}: of {len(values)} training images it leaves "
-                f"{len(others)} for {num_devices} devices to hold one each, so it must be at most "
-                f"{len(values) - num_devices}"
-            )
-        try:
-            own = split_devices(
-                scheme,
-                values[others],
-                num_devices,
-                seed=seed,
-                classes_per_device=classes_per_device,
-                assignment=assignment,
-                alpha=alpha,
-                min_images_per_device=min_images_per_device,
-            )
-        except ValueError as error:
-            if scheme == "classes":
-                raise  # speaks of classes alone, and none has gone
-            raise ValueError(
-                f"{error} (of {len(values)} training images, shared_images = {shared_images} are "
-                "set aside)"
-            ) from error
-        return [np.sort(np.concatenate([others[shard], shared])) for shard in own]
-    if scheme == "iid":
-        return iid(labels, num_devices, seed=seed)
-    if scheme == "classes":
-        return _split_by_classes(
-            labels,
-            num_devices,
-            classes_per_device=classes_per_device,
-            assignment=assignment,
-            seed=seed,
+    sizes: dict[str, Any] = {"alpha": alpha, "min_images_per_device": min_images_per_device}
+    schemes: dict[str, Callable[..., list[Indices]]] = {
+        "iid": iid,
+        "classes": partial(
+            _split_by_classes, classes_per_device=classes_per_device, assignment=assignment
+        ),
+        "dirichlet": partial(dirichlet, **sizes),
+        "quantity": partial(quantity, **sizes),
+    }
+    if scheme not in schemes:
+        raise ValueError(f"split is {scheme!r}: it must be one of {_listed(SPLITS)}")
+    divide = schemes[scheme]
+    if not shared_images:
+        return divide(labels, num_devices, seed=seed)
+    values = _check(labels, num_devices, seed)
+    shared = shared_slice(values, shared_images, seed=seed)
+    others = np.delete(np.arange(len(values)), shared)
+    if num_devices > len(others):
+        raise ValueError(
+            f"shared_images is {shared_images}: of {len(values)} training images it leaves "
+            f"{len(others)} for {num_devices} devices to hold one each, so it must be at most "
+            f"{len(values) - num_devices}"
         )
-    if scheme == "dirichlet":
-        return dirichlet(
-            labels,
-            num_devices,
-            alpha=alpha,
-            min_images_per_device=min_images_per_device,
-            seed=seed,
-        )
-    if scheme == "quantity":
-        return quantity(
-            labels,
-            num_devices,
-            alpha=alpha,
-            min_images_per_device=min_images_per_device,
-            seed=seed,
-        )
-    raise ValueError(f"split is {scheme!r}: it must be one of {_listed(SPLITS)}")
+    try:
+        own = divide(values[others], num_devices, seed=seed)
+    except ValueError as error:
+        if scheme == "classes":
+            raise  # speaks of classes alone, and none has gone
+        raise ValueError(
+            f"{error} (of {len(values)} training images, shared_images = {shared_images} are "
+            "set aside)"
+        ) from error
+    return [np.sort(np.concatenate([others[shard], shared])) for shard in own]
 
 
 _split_by_classes = classes_per_device  # split_devices has a parameter of that name

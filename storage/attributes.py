@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from storage.engine import exclusive, sql_engine
+from storage.statements import Upsert
 from storage.urls import is_grpc
 
 if TYPE_CHECKING:
@@ -35,20 +36,14 @@ def set_study_system_attrs(
                 storage.set_study_system_attr(study_id, key, value)
         return
     from optuna.storages._rdb import models
-    from sqlalchemy import insert, select, update
 
     table: Any = models.StudySystemAttributeModel.__table__
-    columns = table.c
-    with sql_engine(storage).begin() as connection:
-        found = connection.execute(
-            select(columns.key, columns.value_json).where(columns.study_id == study_id)
+    rows = [
+        {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+        for key, value in attrs.items()
+    ]
+    engine = sql_engine(storage)
+    with engine.begin() as connection:
+        Upsert(engine.dialect.name, table, ("study_id", "key"), ("value_json",)).run(
+            connection, rows
         )
-        before = {row.key: row.value_json for row in found}
-        for key, value in attrs.items():
-            text = json.dumps(value)
-            if key not in before:
-                row = {"study_id": study_id, "key": key, "value_json": text}
-                connection.execute(insert(table).values(row))
-            elif before[key] != text:
-                is_it = (columns.study_id == study_id) & (columns.key == key)
-                connection.execute(update(table).where(is_it).values(value_json=text))

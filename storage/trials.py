@@ -206,7 +206,7 @@ class TrialQueue:
             for name, (value, distribution) in params.items()
         ]
         if not with_retries(lambda: self._table.set_params(claim.trial_id, claim.token, rows)):
-            raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+            raise _lost(claim)
 
     def fix_params(self, claim: Claim, params: Mapping[str, Any], *, mark: tuple[str, str]) -> bool:
         """Give a trial that has no parameters yet those of an enqueued one, and mark it.
@@ -233,7 +233,7 @@ class TrialQueue:
             )
         )
         if made is None:
-            raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+            raise _lost(claim)
         return made
 
     def forget_steps(self, claim: Claim, *, after: int) -> None:
@@ -246,7 +246,7 @@ class TrialQueue:
             LeaseLostError: the trial is not this worker's any more.
         """
         if not with_retries(lambda: self._table.forget_steps(claim.trial_id, claim.token, after)):
-            raise LeaseLostError(f"trial {claim.number} is no longer held by {claim.worker_id}")
+            raise _lost(claim)
 
     def requeue_abandoned(self, study_ids: Sequence[int]) -> None:
         """Put back the trials whose lease has run out, without claiming any.
@@ -315,10 +315,7 @@ class TrialQueue:
         """
         if not with_retries(lambda: self._table.beat(claim.trial_id, claim.token)):
             self._forget(claim)
-            raise LeaseLostError(
-                f"trial {claim.number} is no longer held by {claim.worker_id}: "
-                "its lease ran out and another worker took it over, or it was finished by hand"
-            )
+            raise _lost(claim)
 
     def owns(self, claim: Claim, *, total_seconds: float | None = None) -> bool:
         """Whether the trial is running and its lease is this claim's.
@@ -327,14 +324,8 @@ class TrialQueue:
             claim: of the trial.
             total_seconds: how long to ask, as of :func:`storage.retries.with_retries`.
         """
-        from optuna.trial import TrialState
-
-        row = with_retries(lambda: self._table.read(claim.trial_id), total_seconds=total_seconds)
-        return (
-            row is not None
-            and row[0] == TrialState.RUNNING
-            and parse_lease(row[1]).get("token") == claim.token
-        )
+        lease = with_retries(lambda: self._own_lease(claim), total_seconds=total_seconds)
+        return lease is not None
 
     def release(self, claim: Claim) -> bool:
         """Put the trial back into the queue, as it is; False if it is not held any more.
@@ -431,6 +422,13 @@ class TrialQueue:
             held = self._held.get(claim.trial_id)
             if held is not None and held.token == claim.token:
                 del self._held[claim.trial_id]
+
+
+def _lost(claim: Claim) -> LeaseLostError:
+    return LeaseLostError(
+        f"trial {claim.number} is no longer held by {claim.worker_id}: its lease ran out and "
+        "another worker took it over, or it was finished by hand"
+    )
 
 
 def _open_table(storage: BaseStorage) -> TrialTable | RemoteTrialTable:

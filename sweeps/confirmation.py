@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
-from sweeps.spec import CONFIRMATION
+from sweeps.spec import CONFIRMATION, within_sweep
 from sweeps.status import StudyStatus, SweepStatus, TrialStatus, read_status
 from sweeps.studies import StoredSweep, stored_names, stored_sweep
 
@@ -305,11 +305,6 @@ def _read(
         if (at := (study.name, configuration_of(trial.params))) in confirmed
     }
     return Confirmation(sweep.spec.name, sweep.spec.confirms, status.done, studies, by_trial)
-
-
-def within_sweep(study: str) -> str:
-    """A study's name without its sweep's."""
-    return study.partition("/")[2] or study
 
 
 def _runs(

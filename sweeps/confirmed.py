@@ -11,9 +11,9 @@ from sweeps.confirmation import (
     ConfirmedStudy,
     Estimate,
     Run,
-    within_sweep,
 )
 from sweeps.errors import plural
+from sweeps.spec import within_sweep
 from sweeps.status import OUTCOMES, TrialStatus
 
 UNCONFIRMED = "unconfirmed"

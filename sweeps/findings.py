@@ -19,8 +19,8 @@ from sweeps.confirmed import (
     shown_interval,
 )
 from sweeps.progress import describe_params
-from sweeps.report import answer_note, short_name
-from sweeps.spec import SweepSpec
+from sweeps.report import answer_note
+from sweeps.spec import SweepSpec, within_sweep
 from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
 from sweeps.studies import StoredSweep
 
@@ -148,7 +148,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
         studies.append(
             StudyFindings(
                 status=study,
-                name=short_name(status, study),
+                name=within_sweep(study.name),
                 config=config,
                 validation_images=stored.scored_images,
                 curves={t.number: _curve(recorded[t.number], config.epochs, seeds) for t in drawn},

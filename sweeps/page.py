@@ -32,7 +32,8 @@ from sweeps.findings import (
     trained_sentence,
     trial_rows,
 )
-from sweeps.report import answer_columns, answer_note, answer_rows, short_name
+from sweeps.report import answer_columns, answer_note, answer_rows
+from sweeps.spec import within_sweep
 from sweeps.status import OUTCOMES
 
 PAGE = "index.html"
@@ -245,7 +246,7 @@ def _counts(sweep: Findings) -> str:
         rows += f"<tr>{_cells(columns, [study.name, *counts, str(study.status.budget)])}</tr>"
         told = [t for t in study.status.trials if t.reason]
         for trial in told[:MAX_REASONS]:
-            said = f"{short_name(sweep.status, study.status)} #{trial.number} {trial.outcome}: "
+            said = f"{within_sweep(study.status.name)} #{trial.number} {trial.outcome}: "
             reasons += f"<li>{_text(said + trial.reason)}</li>"
         if len(told) > MAX_REASONS:
             reasons += (

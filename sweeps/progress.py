@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.config import Value, written
+from sweeps.spec import within_sweep
 from sweeps.status import OUTCOMES, SweepStatus, TrialStatus
 
 SIGNAL_SECONDS = 0.2
@@ -241,7 +242,7 @@ def study_table(status: SweepStatus) -> Table:
     for study in status.studies:
         best = study.best
         table.add_row(
-            study.name.removeprefix(f"{status.name}/"),
+            within_sweep(study.name),
             f"{study.finished}/{study.budget}",
             *(str(study.count(outcome)) for outcome in (*OUTCOMES, "running")),
             f"{best.accuracy:.4f}" if best and best.accuracy is not None else "–",
@@ -269,7 +270,7 @@ def _running_table(status: SweepStatus) -> Table:
         for trial in study.trials:
             if trial.outcome == "running":
                 table.add_row(
-                    study.name.removeprefix(f"{status.name}/"),
+                    within_sweep(study.name),
                     f"#{trial.number}",
                     f"{trial.step}/{study.steps_per_trial}",
                     f"{trial.accuracy:.4f}" if trial.accuracy is not None else "–",

@@ -22,7 +22,8 @@ from sweeps.confirmed import (
 )
 from sweeps.errors import plural
 from sweeps.progress import PlainTable, describe_params
-from sweeps.status import OUTCOMES, StudyStatus, SweepStatus, TrialStatus
+from sweeps.spec import within_sweep
+from sweeps.status import OUTCOMES, SweepStatus, TrialStatus
 
 VALIDATION_NOTE = {
     "holdout": "Accuracies are on images held out of training, not on the test images.",
@@ -74,7 +75,7 @@ def answer_rows(status: SweepStatus) -> list[list[AnswerRow]]:
     """For each study: the best complete trial, then every labelled `[[try]]`."""
     found = []
     for study in status.studies:
-        name = short_name(status, study)
+        name = within_sweep(study.name)
         best = study.best
         rows = [AnswerRow(name, t.label, t) for t in study.trials if t.label and t != best]
         if best is not None:
@@ -88,7 +89,7 @@ def answer_note(status: SweepStatus) -> str:
     """What the accuracies of the answer are measured on."""
     scored: dict[str, list[str]] = {}
     for study in status.studies:
-        scored.setdefault(study.validation, []).append(short_name(status, study))
+        scored.setdefault(study.validation, []).append(within_sweep(study.name))
     note = " ".join(
         # Studies may differ in it, where [each] says so.
         (f"{', '.join(names)}: " if len(scored) > 1 else "") + VALIDATION_NOTE[validation]
@@ -178,7 +179,7 @@ def trials_table(status: SweepStatus) -> Table:
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for study in status.studies:
         for trial in study.trials:
-            cells = [short_name(status, study), f"#{trial.number}", trial.outcome, _accuracy(trial)]
+            cells = [within_sweep(study.name), f"#{trial.number}", trial.outcome, _accuracy(trial)]
             cells += [str(trial.step), trial.label, describe_params(trial.params)]
             best = study.best is not None and trial.number == study.best.number
             table.add_row(*cells, style="bold" if best else None)
@@ -204,11 +205,6 @@ def _confirmation_table(title: str, confirmation: Confirmation) -> Table:
         [*comparison_lines(confirmation), *confirmed_notes(confirmation), column_note(confirmation)]
     )
     return table
-
-
-def short_name(status: SweepStatus, study: StudyStatus) -> str:
-    """A study's name within its sweep."""
-    return study.name.removeprefix(f"{status.name}/")
 
 
 def outcome_lines(status: SweepStatus) -> list[str]:

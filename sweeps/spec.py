@@ -195,6 +195,11 @@ def cell_name(cell: Mapping[str, Value]) -> str:
     return ",".join(f"{name}={written(value)}" for name, value in cell.items())
 
 
+def within_sweep(study: str) -> str:
+    """A study's name without its sweep's, which has no slash; of a sweep's only study, its name."""
+    return study.partition("/")[2] or study
+
+
 def confirmed_by(name: str) -> str:
     """The sweep that a confirmation of this name confirms.
 

@@ -11,6 +11,7 @@ from data.dataset import Outline
 from sweeps.errors import plural
 from sweeps.planning.plan import Plan
 from sweeps.progress import PlainTable
+from sweeps.spec import within_sweep
 
 DAY = 86400.0
 """Seconds."""
@@ -69,7 +70,7 @@ def plan_table(plan: Plan) -> Table:
     for study in plan.studies:
         known = plan.knows(study)
         table.add_row(
-            study.name.removeprefix(f"{plan.spec.name}/"),
+            within_sweep(study.name),
             str(study.trials),
             str(study.finished),
             f"{study.epochs_per_trial // seeds:,}{of_seeds}",
@@ -145,7 +146,7 @@ def _split_lines(plan: Plan) -> list[str]:
         if images:
             held = f"{_span(images)} images and {_span(classes)} classes each"
             split = f"{plural(len(images), 'device')} with {held}"
-            found.setdefault(split, []).append(study.name.removeprefix(f"{plan.spec.name}/"))
+            found.setdefault(split, []).append(within_sweep(study.name))
     searched = [name for name in plan.spec.search if name in SPLIT]
     where = f", at the lowest {' and '.join(searched)}" if searched else ""
     return [
