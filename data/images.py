@@ -246,15 +246,11 @@ def _decode(
     starts = range(0, len(part.files), chunk)
     step = max(1, len(starts) // 10)
     with ThreadPoolExecutor(_num_threads()) as pool:
-        try:
-            # Results come in order, so that of several broken files the first is named.
-            for done, _ in enumerate(pool.map(decode_from, starts), start=1):
-                if done % step == 0 or done == len(starts):
-                    count = min(done * chunk, len(part.files))
-                    report(f"decoded {count:,} of {len(part.files):,} {what} images")
-        except DataError:
-            pool.shutdown(cancel_futures=True)
-            raise
+        # Results come in order, so that of several broken files the first is named.
+        for done, _ in enumerate(pool.map(decode_from, starts), start=1):
+            if done % step == 0 or done == len(starts):
+                count = min(done * chunk, len(part.files))
+                report(f"decoded {count:,} of {len(part.files):,} {what} images")
     return images
 
 

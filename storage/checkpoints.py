@@ -62,6 +62,11 @@ def default_checkpoint_dir(url: str) -> Path:
     return user_data_path("sweep", appauthor=False) / "checkpoints" / name
 
 
+def trial_key(study: str, number: int) -> str:
+    """The key of a trial's checkpoint, by its study's name and its own number."""
+    return f"{study}/{number}"
+
+
 class CheckpointStore:
     """The checkpoints in one folder, by key.
 

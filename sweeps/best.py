@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 import torch
 
-from storage.checkpoints import CheckpointStore, default_checkpoint_dir
+from storage.checkpoints import CheckpointStore, default_checkpoint_dir, trial_key
 from storage.engine import close_storage, open_storage, own_url
 from sweeps.assembly import Assembly, dataset_identity, open_dataset
 from sweeps.config import TrialConfig, Value
@@ -109,7 +109,7 @@ def _write_all(
         settings = _as_sweep(sweep, study, found.best, config)
         _write(folder / f"{stem}.toml", settings.encode())
         say(str(folder / f"{stem}.toml"))
-        key = f"{study.name}/{found.best.number}"
+        key = trial_key(study.name, found.best.number)
         weights = None
         if checkpoints.path(key).exists():
             assembly = _assembly(assemblies, config, data_dir)

@@ -323,7 +323,7 @@ def _wanted(
     complete = [t for t in study.trials if t.outcome == "complete"]
     for trial in sorted(complete, key=lambda t: (-(t.accuracy or 0.0), t.number)):
         key = configuration_of(trial.params)
-        if len(wanted) < top or key in wanted:
+        if len(wanted) < top:
             wanted.setdefault(key, _called(trial))
     for trial in (t for t in study.trials if t.label):
         if set(trial.params) != set(searched):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from storage.checkpoints import CheckpointStore, default_checkpoint_dir
+from storage.checkpoints import CheckpointStore, default_checkpoint_dir, trial_key
 from storage.deletion import delete_studies
 from storage.engine import close_storage, exclusive, open_storage, own_url
 from storage.leases import LEASE_ATTR, host_id, parse_lease
@@ -128,7 +128,7 @@ def _doomed(store: BaseStorage, checkpoints: CheckpointStore, name: str) -> _Doo
         name=name,
         studies={study._study_id: study.user_attrs[SWEEP] for study in found},
         keys=[
-            f"{study.study_name}/{number}"
+            trial_key(study.study_name, number)
             for study in found
             for number in range(store.get_n_trials(study._study_id))
         ],

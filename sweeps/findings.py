@@ -135,7 +135,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
     seeds = spec.budget.seeds
     studies = []
     for stored, study in zip(sweep.studies, status.studies, strict=True):
-        config = spec.config(stored.cell, spec.lowest_params())
+        config = spec.lowest_config(stored.cell)
         recorded = {t.number: t for t in store.get_all_trials(stored.study_id, deepcopy=False)}
         diverged = [t for t in study.trials if t.outcome == "diverged"]
         diverged.sort(key=lambda t: (not t.label, t.number))
@@ -217,7 +217,7 @@ def _best_accuracies(findings: Findings) -> str:
 
 def trained_sentence(spec: SweepSpec) -> str:
     """What all trials of a sweep share: the data, the network, the devices."""
-    config = spec.config(spec.cells[0], spec.lowest_params())
+    config = spec.lowest_config(spec.cells[0])
     differ = {*spec.search, *(name for cell in spec.cells for name in cell)}
     shared = {
         name: value

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from storage.archive_rows import StudyRows, TrialRows, renumbered
-from storage.checkpoints import CheckpointStore
+from storage.checkpoints import CheckpointStore, trial_key
 from storage.leases import LEASE_ATTR
 from storage.statements import FIXED
 from sweeps.attributes import LABEL, OUTCOME
@@ -150,7 +150,7 @@ def plan_study(
             plan.replaced.append((ours, theirs))
             continue_with = False
         else:
-            key = f"{store.name}/{ours.number}"
+            key = trial_key(store.name, ours.number)
             here = progress(ours, checkpoints.path(key).exists())
             there = progress(theirs, (file.name, theirs.number) in with_checkpoint)
             continue_with = here == there

@@ -78,7 +78,7 @@ def check_data(spec: SweepSpec, open_: Callable[[TrialConfig], Dataset], *, cuda
     checked = Checked([], [], {})
     found: list[int] = []
     for cell in spec.cells:
-        config = spec.config(cell, spec.lowest_params())
+        config = spec.lowest_config(cell)
         identity = dataset_identity(config)
         if identity not in assemblies:
             checked.datasets[identity] = open_(config)

@@ -168,13 +168,13 @@ def build_pruner(spec: SweepSpec, cell: Mapping[str, Value]) -> BasePruner:
     given, kind = dict(spec.pruner), spec.pruner["type"]
     own: dict[str, Any] = {}
     if kind == "WarmupHalvingPruner":
-        own["config"] = spec.config(cell, spec.lowest_params())
+        own["config"] = spec.lowest_config(cell)
         own["seeds"] = spec.budget.seeds
     if kind in ("SuccessiveHalvingPruner", "HyperbandPruner"):
         # Their "auto" is worked out by each process for itself and differs between workers.
         given.setdefault("min_resource", 1)
         if kind == "HyperbandPruner":
-            config = spec.config(cell, spec.lowest_params())
+            config = spec.lowest_config(cell)
             given.setdefault("max_resource", config.epochs * spec.budget.seeds)
     if kind == "PatientPruner":
         own["wrapped_pruner"] = None

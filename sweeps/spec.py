@@ -92,6 +92,10 @@ class SweepSpec:
         """A point of the search space: every parameter at its lowest."""
         return {name: min(r.ends(), key=_order) for name, r in self.search.items()}
 
+    def lowest_config(self, cell: Mapping[str, Value]) -> TrialConfig:
+        """A training in the study of `cell`, to ask for what all of them share."""
+        return self.config(cell, self.lowest_params())
+
     def edges(self) -> Iterator[dict[str, Value]]:
         """Every combination of the searched parameters' choices and ends, `MAX_EDGES` at most."""
         combinations = itertools.product(*(r.ends() for r in self.search.values()))

@@ -242,7 +242,7 @@ def _status(store: BaseStorage, sweep: StoredSweep, trials_of: OverviewReader) -
 def _study_status(
     spec: SweepSpec, study: SweepStudy, trials: Sequence[TrialOverview]
 ) -> StudyStatus:
-    config = spec.config(study.cell, spec.lowest_params())
+    config = spec.lowest_config(study.cell)
     return StudyStatus(
         name=study.name,
         cell=study.cell,

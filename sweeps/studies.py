@@ -378,7 +378,7 @@ def _save_note(store: BaseStorage, study_id: int, text: str) -> None:
 
 
 def _validation(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
-    return spec.config(cell, spec.lowest_params()).validation
+    return spec.lowest_config(cell).validation
 
 
 def _note(spec: SweepSpec, cell: Mapping[str, Value]) -> str:

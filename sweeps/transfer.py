@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage import archive
 from storage.archive_rows import ArchiveError, StudyRows, TrialRows
-from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir
+from storage.checkpoints import CheckpointError, CheckpointStore, default_checkpoint_dir, trial_key
 from storage.engine import close_storage, exclusive, open_storage, sql_engine
 from storage.leases import LEASE_ATTR, count, parse_lease, released
 from storage.placement import CheckpointPlacement
@@ -112,7 +112,7 @@ def _export_once(
                     if trial.is_finished or _attempts(trial) == 0:
                         continue
                     waiting += 1
-                    key = f"{study.name}/{trial.number}"
+                    key = trial_key(study.name, trial.number)
                     content = checkpoints.read(key)
                     if content is not None:
                         writer.add_checkpoint(study.name, trial.number, content)
@@ -371,7 +371,7 @@ class _Import:
             )
         for study_name, number in sorted(self._incoming.with_checkpoint):
             content = self._incoming.checkpoint(study_name, number)
-            placement.stage(f"{study_name}/{number}", content)
+            placement.stage(trial_key(study_name, number), content)
         studies = self._incoming.studies
         trials = sum(len(study.trials) for study in studies)
         text = (
@@ -401,7 +401,7 @@ class _Import:
             tables.replace_trial(connection, plan.study_id, ours.trial_id, trial)
             places[theirs.number] = ours.number
             if theirs.is_finished:
-                finished.append(f"{name}/{ours.number}")
+                finished.append(trial_key(name, ours.number))
         for change in plan.attrs:
             tables.set_trial_attrs(
                 connection, plan.study_id, change.trial_id,
@@ -409,7 +409,7 @@ class _Import:
             )  # fmt: skip
         for number, at in places.items():
             if (name, number) in self._incoming.with_checkpoint:
-                placement.stage(f"{name}/{at}", self._incoming.checkpoint(name, number))
+                placement.stage(trial_key(name, at), self._incoming.checkpoint(name, number))
         return finished
 
 

@@ -75,7 +75,7 @@ def _check_study(name: str, study: StudyRows) -> SweepSpec:
             raise SweepError(f"{where} has no place in its spec")
         if dict(spec.cells[position]) != cell or spec.study_name(cell) != study.name:
             raise SweepError(f"{where} is not the study that its spec has at {position}")
-        spec.config(cell, spec.lowest_params())
+        spec.lowest_config(cell)
     except SpecError as error:
         raise SweepError(f"the spec of {where} is refused: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -23,7 +23,7 @@ import torch
 from optuna.trial import TrialState
 
 from data.errors import DataError
-from storage.checkpoints import CheckpointError, CheckpointStore
+from storage.checkpoints import CheckpointError, CheckpointStore, trial_key
 from storage.retries import StopRequestedError, is_transient, with_retries
 from storage.trials import Claim, LeaseLostError, TrialQueue
 from sweeps import carrying, search
@@ -110,7 +110,7 @@ class _Attempt:
     @property
     def key(self) -> str:
         """Of the trial's checkpoint."""
-        return f"{self.study.name}/{self.claim.number}"
+        return trial_key(self.study.name, self.claim.number)
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ class Worker:
             )
             records = _records(complete)
             for beaten in {number, *records} - {records[-1]}:
-                self._checkpoints.delete(f"{study.name}/{beaten}")
+                self._checkpoints.delete(trial_key(study.name, beaten))
 
     def _refuse_deadly(self, claim: Claim) -> None:
         """Give up on a trial that takes its workers down without getting anywhere."""

@@ -89,11 +89,10 @@ def _axis(entries: list[Entry]) -> str | None:
     names = list(dict.fromkeys(name for e in entries for name in e.study.status.cell))
     for name in sorted([BATCH, *names], key=lambda name: name != BATCH):
         values = [getattr(e.study.config, name) for e in entries]
-        if any(name in e.study.status.cell for e in entries) or name == BATCH:
-            numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-            searched = any(name in e.sweep.status.searched for e in entries)
-            if numeric and not searched and len(set(values)) > 1:
-                return name
+        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        searched = any(name in e.sweep.status.searched for e in entries)
+        if numeric and not searched and len(set(values)) > 1:
+            return name
     return None
 
 
@@ -285,9 +284,7 @@ def _best_caption(
     return "\n".join([*said, " ".join(keys)] if keys else said)
 
 
-def _axis_of(axis: str | None, values: Sequence[Any]) -> dict[str, Any]:
-    if axis is None:
-        return {"type": "category"}
+def _axis_of(axis: str, values: Sequence[Any]) -> dict[str, Any]:
     ticks = sorted(set(values))
     found: dict[str, Any] = {
         "title": {"text": f"{axis} (log)" if axis == BATCH else axis},

@@ -366,7 +366,7 @@ def outlines(spec: SweepSpec, data_dir: Path | None) -> list[Outline]:
     """
     found: dict[tuple[Value, ...], Outline] = {}
     for cell in spec.cells:
-        of = spec.config(cell, spec.lowest_params())
+        of = spec.lowest_config(cell)
         if dataset_identity(of) not in found:
             found[dataset_identity(of)] = outline(
                 of.dataset, data_dir=data_dir, image_size=of.image_size, noise_std=of.noise_std
@@ -381,7 +381,7 @@ def _study_plan(
     status: SweepStatus | None,
     budget: int,
 ) -> StudyPlan:
-    config = spec.config(cell, spec.lowest_params())
+    config = spec.lowest_config(cell)
     name = spec.study_name(cell)
     tried = sum(attempt.applies_to(cell) for attempt in spec.tries)
     finished, begun = 0, tried

@@ -91,7 +91,7 @@ def epoch_share(spec: SweepSpec, status: SweepStatus | None, store: BaseStorage 
 
 
 def _length(spec: SweepSpec) -> int:
-    return spec.config(spec.cells[0], spec.lowest_params()).epochs * spec.budget.seeds
+    return spec.lowest_config(spec.cells[0]).epochs * spec.budget.seeds
 
 
 def _ran(status: SweepStatus) -> list[float]:

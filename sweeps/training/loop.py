@@ -81,6 +81,11 @@ class EpochResult:
     class_correct: list[int] = field(default_factory=list)
 
 
+DEAD_EPOCHS = 3
+"""Consecutive epochs at the loss of a constant guess, all predictions alike and coming no further
+apart, that end a training."""
+
+
 class Algorithm(Protocol):
     """What `sweeps.training.rounds` offers: one round, its network, and its state."""
 
@@ -113,9 +118,6 @@ class Training:
         untrained_loss: cross-entropy of equal guesses, ln(classes). An exploded loss is far
             above it.
         least_loss: cross-entropy of perfect answers: 0, or more where labels are smoothed.
-        dead_epochs: consecutive epochs at the guess's loss, all predictions alike and coming no
-            further apart, that end the
-            training.
         should_stop: asked between two updates.
     """
 
@@ -130,7 +132,6 @@ class Training:
         guess_loss: float,
         untrained_loss: float,
         least_loss: float = 0.0,
-        dead_epochs: int = 3,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._algorithm = algorithm
@@ -141,7 +142,6 @@ class Training:
         self._untrained_loss = untrained_loss
         # Smoothed labels leave less than `guess_loss` to gain.
         self._dead_loss = least_loss + DEAD_LOSS_SHARE * (guess_loss - least_loss)
-        self._dead_epochs = dead_epochs
         self._should_stop = should_stop
         self.history: list[EpochResult] = []
         """One result for each completed epoch, those before a resume included."""
@@ -155,7 +155,7 @@ class Training:
         Raises:
             Diverged: a loss was not finite or exploded (raised within the epoch), or the
                 network is dead: its loss sat at a constant guess's with all predictions alike,
-                and came no nearer to telling images apart, for `dead_epochs` epochs past the
+                and came no nearer to telling images apart, for `DEAD_EPOCHS` epochs past the
                 warmup (raised after the epoch was yielded).
             Interrupted: `should_stop` said so; the running epoch is lost.
         """
@@ -235,8 +235,8 @@ class Training:
 
     def _raise_if_dead(self) -> None:
         warmup_epochs = math.ceil(self._schedule.warmup_updates / self._batches.updates_per_epoch)
-        recent = self.history[warmup_epochs:][-self._dead_epochs :]
-        if len(recent) < self._dead_epochs:
+        recent = self.history[warmup_epochs:][-DEAD_EPOCHS:]
+        if len(recent) < DEAD_EPOCHS:
             return
         alike = all(r.predicted_classes == 1 and r.train_loss >= self._dead_loss for r in recent)
         # Fixup begins as a constant guess. At a low rate it takes many epochs to leave it, in which
@@ -244,7 +244,7 @@ class Training:
         if alike and recent[-1].logit_range <= recent[0].logit_range:
             raise Diverged(
                 f"network is dead: loss {recent[-1].train_loss:.3f} is a constant guess's, "
-                f"all predictions alike for {self._dead_epochs} epochs",
+                f"all predictions alike for {DEAD_EPOCHS} epochs",
                 len(self.history),
             )
 
