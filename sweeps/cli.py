@@ -233,7 +233,7 @@ def worker(
     hold: Annotated[bool, typer.Option("--hold", hidden=True)] = False,
 ) -> None:
     """Join a sweep that was started: pull trials until its budget is met."""
-    from sweeps.run import run_worker
+    from sweeps.join import run_worker
     from sweeps.stopping import StopRequest
 
     if hold:
@@ -280,7 +280,7 @@ def stop(
     ] = 30.0,
 ) -> None:
     """Ask a sweep's workers, on every machine, to put their trials back and end."""
-    from sweeps.run import stop_sweep
+    from sweeps.stop import stop_sweep
 
     _quiet_libraries()
     raise typer.Exit(stop_sweep(sweep, storage_url, wait=wait, err=_stderr()))

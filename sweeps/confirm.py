@@ -40,7 +40,6 @@ from sweeps.progress import print_line
 from sweeps.run import (
     done_code,
     leave_to_others,
-    place_of,
     print_answer,
     print_edits,
     run_to_end,
@@ -53,6 +52,7 @@ from sweeps.studies import (
     StoredSweep,
     check_fingerprint,
     create_or_resume,
+    place_of,
     stored_names,
     stored_sweep,
 )

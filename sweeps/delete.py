@@ -25,7 +25,7 @@ from storage.urls import check_url
 from sweeps.errors import SpecError, SweepError, plural
 from sweeps.progress import can_ask, print_line, says_yes
 from sweeps.spec import CONFIRMATION
-from sweeps.studies import SPEC, SWEEP, shown_url, stored_names, unknown_sweep
+from sweeps.studies import SPEC, SWEEP, place_of, stored_names, unknown_sweep
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -95,7 +95,7 @@ def delete_sweep(
     check_url(storage_url)
     watcher = open_storage(storage_url, read_only=True)
     checkpoints = CheckpointStore(default_checkpoint_dir(own_url(watcher, storage_url)))
-    with patience(f"the store at {shown_url(storage_url)}"):
+    with patience(place_of(storage_url)):
         try:
             doomed = with_retries(lambda: _doomed(watcher, checkpoints, name))
         finally:

@@ -1,59 +1,50 @@
-"""`sweep start` and `sweep worker`: data set, studies, worker processes, view, answer."""
+"""`sweep start`: data set, studies, worker processes, view, answer."""
 
 from __future__ import annotations
 
 import shlex
-import signal
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-import torch
 from rich.console import Console
 
-from storage.checkpoints import CheckpointStore, default_checkpoint_dir
-from storage.engine import close_storage, exclusive, open_storage, own_url
+from storage.engine import close_storage, exclusive, open_storage
 from storage.errors import ElsewhereError, EmptyStorageError, StorageError
 from storage.retries import StopRequestedError, is_transient, patience, reason, with_retries
 from storage.trials import TrialQueue
-from storage.urls import check_url, is_grpc, sqlite_path
+from storage.urls import check_url, sqlite_path
 from sweeps import search
 from sweeps.confirmation import SEED, read_answer
 from sweeps.edits import Edit
 from sweeps.errors import SweepError, plural
-from sweeps.launch import Place, ThisMachine, Workers, worker_command
-from sweeps.limits import request_stop
+from sweeps.launch import Place, ThisMachine, worker_command
 from sweeps.machine import Need, Slot
 from sweeps.planning.plan import Plan
 from sweeps.planning.speeds import keep_speeds
 from sweeps.planning.words import plan_line
-from sweeps.preflight import agreed, device_named, estimate, load_data
-from sweeps.process import prepare_process
-from sweeps.progress import describe, open_view, print_line
+from sweeps.preflight import agreed, estimate, load_data
+from sweeps.progress import open_view, print_line
 from sweeps.provenance import new_worker_id
 from sweeps.report import answer_table, disk_line, outcome_lines
 from sweeps.spec import SweepSpec
-from sweeps.status import StatusReader, SweepStatus, TrialStatus, read_status
-from sweeps.stopping import StopRequest
-from sweeps.studies import Addition, create_or_resume, shown_url, stored_names, stored_sweep
-from sweeps.worker import Worker, WorkerOptions
+from sweeps.status import StatusReader, SweepStatus, read_status
+from sweeps.studies import (
+    Addition,
+    create_or_resume,
+    place_of,
+    shown_url,
+    stored_names,
+    stored_sweep,
+)
+from sweeps.supervision import Signals, received_signals, supervise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from optuna.storages import BaseStorage
-
-
-POLL_SECONDS = 0.5
-
-LOCK_SECONDS = 2.0
-"""How long one operation of a worker waits on a SQLite file that others hold, before it is tried
-again: no signal is handled during the wait."""
 
 
 def run_sweep(
@@ -305,7 +296,7 @@ def _run_workers(
     command = worker_command(name, data_dir)
     # Not as an argument, which every user of the machine could read: it may hold a password.
     variables = {"SWEEP_STORAGE": storage_url}
-    with _signals() as signals, _patience(storage_url, signals):
+    with received_signals() as signals, _patience(storage_url, signals):
         try:
             hint = "Ctrl-C stops and keeps everything; start again to go on."
             with open_view(err, hint) as view:
@@ -319,7 +310,7 @@ def _run_workers(
                     return False
 
                 with place.launch(slots, command, variables, view.say) as processes:
-                    codes = _supervise(processes, signals, update, view.say)
+                    codes = supervise(processes, signals, update, view.say)
                 update()
         finally:
             # Workers that were ended by force have left their trials RUNNING.
@@ -336,205 +327,14 @@ def _run_workers(
     return 1
 
 
-def _patience(storage_url: str, signals: _Signals) -> AbstractContextManager[None]:
+def _patience(storage_url: str, signals: Signals) -> AbstractContextManager[None]:
     """Wait for the store until a signal comes, quietly: every worker says when it is away."""
     return patience(place_of(storage_url), lambda: bool(signals.received), quiet=True)
-
-
-def place_of(storage_url: str) -> str:
-    """What messages call a store."""
-    return f"the store at {shown_url(storage_url)}"
 
 
 def _requeue(store: BaseStorage, name: str) -> None:
     study_ids = [study.study_id for study in stored_sweep(store, name).studies]
     TrialQueue(store, worker_id=new_worker_id("start")).requeue_abandoned(study_ids)
-
-
-def run_worker(
-    name: str,
-    storage_url: str,
-    *,
-    data_dir: Path | None,
-    device: str | None,
-    threads: int | None,
-    lease_seconds: float,
-    stop: StopRequest,
-    gpu_memory: int | None = None,
-    err: Console | None = None,
-) -> None:
-    """Pull trials of a stored sweep in this process until its budget is met or `stop` is set.
-
-    Args:
-        name, storage_url, data_dir, device, threads, lease_seconds, stop: as of the command.
-        gpu_memory: bytes of the device that it may allocate; None sets no limit.
-        err: gets a line when it has joined, for each trial that it ends, and at its own end; None
-            where whoever launched it shows the sweep.
-
-    Raises:
-        SweepError: the sweep is not in the store, the device is not there, or its trials fail.
-        StorageError: the store cannot be used. One whose server is away is waited for.
-        DataError: the data set is missing or broken.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    chosen = device_named(device)
-    check_url(storage_url)
-    file = sqlite_path(storage_url)
-    if file is not None and not file.exists():
-        open_storage(storage_url, read_only=True)  # says so; to write would create it
-    prepare_process(chosen, threads or torch.get_num_threads(), gpu_memory)
-    options = WorkerOptions(
-        worker_id=new_worker_id(str(chosen)),
-        device=chosen,
-        lease_seconds=lease_seconds,
-        data_dir=data_dir,
-        gpu_memory=gpu_memory,
-    )
-    with patience(place_of(storage_url), stop.is_set):
-        try:
-            store = with_retries(lambda: open_storage(storage_url, lock_seconds=LOCK_SECONDS))
-        except StopRequestedError:
-            return
-        checkpoints = CheckpointStore(default_checkpoint_dir(own_url(store, storage_url)))
-        ended: list[int] = []
-
-        def on_end(study: str, trial: TrialStatus) -> None:
-            ended.append(trial.number)
-            if err is not None:
-                print_line(err, f"{study} {describe(trial)}")
-
-        try:
-            if err is not None:
-                with suppress(StopRequestedError):  # which the worker says, with what it means
-                    with_retries(lambda: stored_sweep(store, name))  # or there is none to join
-                width = plural(torch.get_num_threads(), "thread")
-                print_line(err, f"{name}: {options.worker_id} has joined, on {chosen}, {width}")
-            listener = None if err is None else on_end
-            worker = Worker(store, checkpoints, name, options, stop, listener)
-            worker.run()
-            if err is not None:
-                why = "nothing is left to run"
-                if worker.spent:
-                    why = f"the budget {worker.spent} is spent"
-                if stop.is_set():
-                    why = "told to stop"
-                print_line(err, f"{name}: {why}; {plural(len(ended), 'trial')} ended here")
-        except Exception as error:
-            if not is_transient(error):
-                raise
-            raise SweepError(
-                f"{place_of(storage_url)} does not answer ({reason(error)}); when it does, start "
-                "this worker again"
-            ) from error
-        finally:
-            if is_grpc(storage_url):
-                close_storage(store, storage_url)
-
-
-def stop_sweep(name: str, storage_url: str, *, wait: float, err: Console) -> int:
-    """Ask all workers of a sweep to end, and wait for them.
-
-    Args:
-        name: of the sweep.
-        storage_url: where it is.
-        wait: seconds to wait for running trials to go back to the queue.
-        err: gets a line of what happened.
-
-    Returns:
-        The exit status: 0 if no trial is running any more, 1 if some still are.
-
-    Raises:
-        SweepError: the sweep is not in the store.
-    """
-    watcher = open_storage(storage_url, read_only=True)
-    sweep = stored_sweep(watcher, name)
-
-    def running() -> list[TrialStatus]:
-        status = with_retries(lambda: read_status(watcher, sweep))
-        return [t for study in status.studies for t in study.trials if t.outcome == "running"]
-
-    asked = running()
-    store = open_storage(storage_url)
-    request_stop(store, sweep)
-    deadline = time.monotonic() + wait
-    while (left := running()) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    close_storage(watcher, storage_url)
-    close_storage(store, storage_url)
-    if left:
-        holders = ", ".join(sorted({trial.worker for trial in left}))
-        line = (
-            f"{name}: {plural(len(left), 'trial')} still running after {wait:g} s ({holders}); a "
-            "worker that is gone loses its trial when its lease runs out"
-        )
-    else:
-        done = plural(len(asked), "trial")
-        line = f"{name}: stopped; {done} went back to the queue; sweep start {name} goes on"
-        if not asked:
-            line = f"{name}: no trial was running; workers that wait will end"
-    print_line(err, line)
-    return 1 if left else 0
-
-
-class _Signals:
-    """SIGINT and SIGTERM as they arrived."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-
-    def __call__(self, number: int, _frame: object) -> None:
-        self.received.append(number)
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    signals = _Signals()
-    before = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _supervise(
-    processes: Workers,
-    signals: _Signals,
-    update: Callable[[], bool],
-    say: Callable[[str], None],
-) -> list[int]:
-    """Watch workers until all have ended; pass signals and `sweep stop` on.
-
-    Args:
-        processes: the workers.
-        signals: those that this process has received.
-        update: shows how far the sweep is, and says whether it was asked to stop.
-        say: prints a line.
-
-    Returns:
-        Their exit codes.
-    """
-    handled = 0
-    asked = False
-    while True:
-        codes = processes.poll()
-        requested = update()
-        if codes is not None:
-            return codes
-        if requested and not asked:
-            asked = True
-            # Workers that are still starting would take the request for an old one.
-            processes.stop()
-        time.sleep(POLL_SECONDS)
-        if len(signals.received) > handled:
-            handled = len(signals.received)
-            if handled == 1:
-                say(
-                    "stopping: each running trial keeps its completed epochs; again to stop at once"
-                )
-                processes.stop()
-            else:
-                processes.kill()
 
 
 def print_edits(changed: list[Edit], name: str, err: Console) -> None:

@@ -278,6 +278,11 @@ def shown_url(storage_url: str) -> str:
     return make_url(storage_url).render_as_string(hide_password=True)
 
 
+def place_of(storage_url: str) -> str:
+    """What messages call a store."""
+    return f"the store at {shown_url(storage_url)}"
+
+
 def check_fingerprint(study_name: str, stored: str, here: str) -> None:
     """Refuse images that are not those which a study was begun on.
 

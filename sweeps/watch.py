@@ -10,7 +10,7 @@ from storage.retries import patience, with_retries
 from sweeps.confirmation import with_confirmation
 from sweeps.progress import JsonView, View, open_view
 from sweeps.status import StatusReader, SweepStatus
-from sweeps.studies import shown_url, stored_sweep
+from sweeps.studies import place_of, stored_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ def watch_sweep(name: str, storage_url: str, *, out: Console, as_json: bool) -> 
         return with_retries(lambda: with_confirmation(watcher, stored_sweep(watcher, name), status))
 
     try:
-        with patience(f"the store at {shown_url(storage_url)}"), _view(out, as_json) as view:
+        with patience(place_of(storage_url)), _view(out, as_json) as view:
             view.update(status := read())
             while not status.done:
                 time.sleep(WATCH_SECONDS)
