@@ -172,7 +172,7 @@ def _table(value: Any, where: str, keys: tuple[str, ...] | None = None) -> dict[
         raise ArchiveError(f"{where} is {shown(value)}, not a table")
     if keys is not None and value.keys() != set(keys):
         odd = sorted(value.keys() ^ set(keys))
-        raise ArchiveError(f"{where} lacks or has too much: {shown(', '.join(odd))}")
+        raise ArchiveError(f"{where} has missing or unknown keys: {shown(', '.join(odd))}")
     return value
 
 

@@ -587,7 +587,7 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # Of which a command that has not come to its own handler yet ends as of Ctrl-C.
+    # SIGTERM ends a command as Ctrl-C does, also before it has a handler of its own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(prog_name="sweep", standalone_mode=False)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class SweepError(Exception):
-    """Something failed that a user can act on. One line: what, value received, what to do.
+    """Something failed that a user can act on; one line: what, the value received, what to do.
 
     Exits with status 1.
     """

@@ -174,7 +174,7 @@ def fewer(slots: list[Slot]) -> list[Slot]:
     """Half as many workers of one GPU, with all of its memory among them; a single one has it all.
 
     Args:
-        slots: two or more, all of one GPU, with a limit.
+        slots: two or more, all of one GPU.
     """
     count = len(slots) // 2
     first = slots[0]

@@ -280,7 +280,7 @@ def _is_misfit(error: Exception) -> bool:
     """Whether a checkpoint lacks or has what a state of this version does not, or has it in another
     shape. A device that fails or is full meanwhile raises errors of other kinds or other words."""
     if type(error) is RuntimeError:  # PyTorch's, of a state that is not the module's or tensor's
-        # As which `Module.load_state_dict` raises whatever befalls the copy of a tensor that fits.
+        # `Module.load_state_dict` says so of whatever befalls the copy of a tensor that fits.
         if "an exception occurred" in str(error):
             return False
         return any(word in str(error) for word in ("state_dict", "size of tensor", "shape"))

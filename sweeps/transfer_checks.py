@@ -143,7 +143,7 @@ def _check_attrs(trial: TrialRows, where: str) -> None:
     for attrs, accepted in ((trial.system_attrs, _SYSTEM_ATTRS), (trial.user_attrs, _USER_ATTRS)):
         for key, is_sound in accepted.items():
             if key in attrs and not is_sound(attribute(attrs, key)):
-                raise SweepError(f"{where}: trial {trial.number} has no sound attribute {key!r}")
+                raise SweepError(f"{where}: trial {trial.number} has an invalid attribute {key!r}")
 
 
 def refuse_other_sweep(existing: Sequence[StudyRows], by_name: Mapping[str, StudyRows]) -> None:

@@ -251,14 +251,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a curve that is not finite": (
         rewrite(lambda s: s["trials"][0]["system_attrs"].update({CURVES: '{"lr": [NaN]}'})),
-        "no sound attribute",
+        "an invalid attribute",
     ),
     "a sweep's name of two lines": (
         remanifest(lambda m: m.update(sweep="a\nb" * 999, studies=[])), "listed|lists|no sweep"
     ),
     "a lease that is none": (
         rewrite(lambda s: s["trials"][0]["system_attrs"].update({LEASE_ATTR: "[]"})),
-        "no sound attribute",
+        "an invalid attribute",
     ),
     "an attribute for another's": (
         rewrite(lambda s: s["trials"][0]["study_attrs"].update({"sweep": "1"})), "not one of"

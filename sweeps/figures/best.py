@@ -17,10 +17,10 @@ from sweeps.figures.parts import (
     Figure,
     Panel,
     bounds,
-    hover,
     labelled,
     make_layout,
     make_plot,
+    make_points,
     plain,
     score_axis,
     wrap,
@@ -124,24 +124,20 @@ def _line(
     found = [(e, t, t.accuracy) for e, t in best if t is not None and t.accuracy is not None]
     errors = [_error(e.study, accuracy) for e, _, accuracy in found]
     traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers" if joined else "markers",
-            "name": plain(name),
-            "x": [positions[e.index] for e, _, _ in found],
-            "y": [accuracy for _, _, accuracy in found],
-            "text": [hover(trial, e.name) for e, trial, _ in found],
-            "hovertemplate": "%{text}<extra></extra>",
-            "line": {"color": colour, "dash": DASHES[number % len(DASHES)]},
-            "marker": {"color": colour, "symbol": symbol, "size": 10},
-            "error_y": {
+        make_points(
+            [(e, trial, positions[e.index], accuracy) for e, trial, accuracy in found],
+            plain(name),
+            {"color": colour, "symbol": symbol, "size": 10},
+            mode="lines+markers" if joined else "markers",
+            line={"color": colour, "dash": DASHES[number % len(DASHES)]},
+            error_y={
                 "visible": any(low or high for low, high in errors),
                 "array": [high for _, high in errors],
                 "arrayminus": [low for low, _ in errors],
                 "color": colour,
                 "thickness": 1,
             },
-        }
+        )
     ]
     if trace := _confirmed(name, line, positions, colour):
         traces.append(trace)
@@ -150,20 +146,13 @@ def _line(
         tries = [(e, t) for e, t in known if t.outcome == outcome]
         if tries:
             label = "known beforehand" if outcome == "complete" else "known, diverged"
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": label if name == "best" else f"{plain(name)}: {label}",
-                    "x": [positions[e.index] for e, _ in tries],
-                    "y": [t.accuracy if outcome == "complete" else floor for _, t in tries],
-                    "text": [hover(t, e.name) for e, t in tries],
-                    "hovertemplate": "%{text}<extra></extra>",
-                    "marker": {
-                        "color": colour, "symbol": mark, "size": 11, "line": {"width": 2}
-                    },
-                }
-            )  # fmt: skip
+            points = [
+                (e, t, positions[e.index], t.accuracy if outcome == "complete" else floor)
+                for e, t in tries
+            ]
+            marker = {"color": colour, "symbol": mark, "size": 11, "line": {"width": 2}}
+            called = label if name == "best" else f"{plain(name)}: {label}"
+            traces.append(make_points(points, called, marker))
     return traces
 
 

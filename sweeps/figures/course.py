@@ -13,12 +13,12 @@ from sweeps.figures.parts import (
     Figure,
     Panel,
     bounds,
-    hover,
     left_out,
     make_caption,
     make_layout,
     make_pattern,
     make_plot,
+    make_points,
     mark_key,
     score_axis,
     thin,
@@ -46,26 +46,17 @@ def optimization_history(entries: list[Entry]) -> Figure | None:
             group = [t for t in trials if t.outcome == outcome]
             if group:
                 colour = {"complete": COLOURS[0], "pruned": GREY, "diverged": DIVERGED}[outcome]
-                traces.append(
-                    {
-                        "type": "scatter",
-                        "mode": "markers",
-                        "name": outcome,
-                        "x": [t.number for t in group],
-                        "y": [floor if outcome == "diverged" else t.accuracy for t in group],
-                        "text": [hover(t, entry.name) for t in group],
-                        "hovertemplate": "%{text}<extra></extra>",
-                        "marker": {
-                            "color": colour,
-                            "symbol": symbol,
-                            "size": 7 if len(trials) <= 60 else 5,
-                            "line": {
-                                "width": 0 if outcome == "complete" else 1.5,
-                                "color": colour,
-                            },
-                        },
-                    }
-                )
+                marker = {
+                    "color": colour,
+                    "symbol": symbol,
+                    "size": 7 if len(trials) <= 60 else 5,
+                    "line": {"width": 0 if outcome == "complete" else 1.5, "color": colour},
+                }
+                points = [
+                    (entry, t, t.number, floor if outcome == "diverged" else t.accuracy)
+                    for t in group
+                ]
+                traces.append(make_points(points, outcome, marker))
         traces += _best_so_far(entry)
         layout = make_layout(
             x={"title": {"text": "trial"}},

@@ -147,6 +147,13 @@ def _shared_axes(entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, An
     return x, y
 
 
+def _placed(
+    entry: Entry, trials: Sequence[TrialStatus]
+) -> list[tuple[Entry, TrialStatus, Value, Value]]:
+    x, y = "peak_lr", "warmup_epochs"
+    return [(entry, t, t.params[x], t.params[y]) for t in trials if t.params.keys() >= {x, y}]
+
+
 def _map_points(
     entry: Entry, trials: list[TrialStatus], limits: tuple[float, float, bool]
 ) -> list[dict[str, Any]]:
@@ -180,7 +187,7 @@ def _map_points(
             continue
         if outcome != "diverged":
             marker["color"] = [t.accuracy for t in group]
-        traces.append(make_points(entry, group, outcome, marker, "peak_lr", "warmup_epochs"))
+        traces.append(make_points(_placed(entry, group), outcome, marker))
     known = [t for t in trials if t.label]
     best = entry.study.status.best
     for name, group, symbol in (
@@ -189,7 +196,7 @@ def _map_points(
     ):
         if group:
             ring = {"symbol": symbol, "size": 15, "color": "#000000", "line": {"width": 1.5}}
-            traces.append(make_points(entry, group, name, ring, "peak_lr", "warmup_epochs"))
+            traces.append(make_points(_placed(entry, group), name, ring))
     return traces
 
 

@@ -12,13 +12,13 @@ from sweeps.figures.parts import (
     Figure,
     Panel,
     bounds,
-    hover,
     left_out,
     log_ticks,
     make_caption,
     make_layout,
     make_pattern,
     make_plot,
+    make_points,
     mark_key,
     plain,
     score_axis,
@@ -114,33 +114,28 @@ def _slice_points(
         if not group:
             continue
         hollow = {"complete": entry.symbol, "pruned": f"{entry.symbol}-open", "diverged": "x-thin"}
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": plain(entry.name),
-                "legendgroup": str(entry.index),
-                "showlegend": not traces,
-                "x": [
-                    _beside(t, choices.index(written(t.params[name])), place)
-                    if choices
-                    else t.params[name]
-                    for t in group
-                ],
-                "y": [floor if outcome == "diverged" else t.accuracy for t in group],
-                "text": [hover(t, entry.name) for t in group],
-                "hovertemplate": "%{text}<extra></extra>",
-                "marker": {
-                    "color": entry.colour,
-                    "symbol": hollow[outcome],
-                    "size": 5 if many else 7,
-                    "line": {
-                        "color": entry.colour,
-                        "width": 0 if outcome == "complete" else 1 if many else 1.5,
-                    },
-                },
-            }
-        )
+        points = [
+            (
+                entry,
+                t,
+                _beside(t, choices.index(written(t.params[name])), place)
+                if choices
+                else t.params[name],
+                floor if outcome == "diverged" else t.accuracy,
+            )
+            for t in group
+        ]
+        marker = {
+            "color": entry.colour,
+            "symbol": hollow[outcome],
+            "size": 5 if many else 7,
+            "line": {
+                "color": entry.colour,
+                "width": 0 if outcome == "complete" else 1 if many else 1.5,
+            },
+        }
+        group_of = {"legendgroup": str(entry.index), "showlegend": not traces}
+        traces.append(make_points(points, plain(entry.name), marker, **group_of))
     return traces
 
 

@@ -166,24 +166,29 @@ def log_ticks() -> dict[str, Any]:
 
 
 def make_points(
-    entry: Entry,
-    group: Sequence[TrialStatus],
+    points: Sequence[tuple[Entry, TrialStatus, Any, Any]],
     name: str,
     marker: dict[str, Any],
-    x: str,
-    y: str,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Trials as markers in the plane of two parameters."""
-    group = [t for t in group if x in t.params and y in t.params]
+    """Trials as markers, each with what the pointer shows of it.
+
+    Args:
+        points: study, trial, and where it stands on both axes.
+        name: in the legend.
+        marker: Plotly's.
+        more: of Plotly's keys of a scatter trace.
+    """
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "x": [t.params[x] for t in group],
-        "y": [t.params[y] for t in group],
-        "text": [hover(t, entry.name) for t in group],
+        "x": [x for _, _, x, _ in points],
+        "y": [y for _, _, _, y in points],
+        "text": [hover(trial, entry.name) for entry, trial, _, _ in points],
         "hovertemplate": "%{text}<extra></extra>",
         "marker": marker,
+        **more,
     }
 
 

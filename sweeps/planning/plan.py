@@ -114,7 +114,7 @@ class Plan:
 
     @property
     def known(self) -> bool:
-        """Whether the speed of every study that has trials left is."""
+        """Whether every study that has trials left has a known speed."""
         return all(self.knows(study) for study in self.studies if study.trials_left)
 
     def knows(self, study: StudyPlan) -> bool:

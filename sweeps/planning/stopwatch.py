@@ -157,7 +157,7 @@ class Stopwatch(Objective):
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             self.error = f"out of memory: {first_line(error)}" if memory else kind_and_line(error)
             self._stop.set()
-            # Which a worker takes as a request, and leaves the trial alone.
+            # A worker takes it for a request to stop, and leaves the trial alone.
             raise Interrupted from error
 
     def sample(self, checkpoints: CheckpointStore | None = None) -> Sample:

@@ -34,6 +34,21 @@ class Schedule:
 
     The plateau rule is PyTorch's `ReduceLROnPlateau` on the validation accuracy, consulted at
     the end of each epoch that began after the warmup.
+
+    Args:
+        peak_lr: learning rate after the warmup.
+        warmup_start_factor: s above.
+        warmup_updates: W above.
+        total_updates: T above.
+        kind: one of `SCHEDULES`, what follows the warmup.
+        plateau_factor, plateau_patience, plateau_threshold: as `factor`, `patience` (epochs) and
+            the relative `threshold` of PyTorch's `ReduceLROnPlateau`.
+        warmup_shape: one of `WARMUP_SHAPES`.
+        exponential_gamma: gamma above.
+        updates_per_epoch: for `exponential`.
+
+    Raises:
+        ValueError: kind or warmup_shape is unknown.
     """
 
     def __init__(
