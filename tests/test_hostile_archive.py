@@ -245,7 +245,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a name too long": (
         rewrite(lambda s: s["user_attrs"].update({"a" * 513: "1"})), "1 to 512"
     ),
-    "an unknown table": (rewrite(lambda s: s["trials"][0].update(x=1)), "too much: 'x'"),
+    "an unknown table": (rewrite(lambda s: s["trials"][0].update(x=1)), "unknown keys: 'x'"),
     "a note of another trial": (
         rewrite(lambda s: s["system_attrs"].update({"dashboard:9:note_ver": "1"})), "another data"
     ),

@@ -122,7 +122,7 @@ def glanced(
 
 
 def _same_images(shape: Shape, samples: Mapping[Any, Sample]) -> Sample | None:
-    """A sample of a shape that differs in its batch alone, measured with a batch smaller than both."""
+    """A sample of a shape of another batch, measured with a batch smaller than either's."""
 
     def rest(key: Any) -> list[Any]:
         return [pair for pair in key if pair[0] != "global_batch_size"]
