@@ -3,6 +3,9 @@
 `sweeps.carrying`, `sweeps.merging` and `storage` have those that are theirs alone.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 OUTCOME = "outcome"
 """User attribute: how it ended, one of `sweeps.status.OUTCOMES`."""
 
@@ -35,3 +38,19 @@ FAILURES = "sweep:failures"
 PROGRESS = "sweep:progress"
 """System attribute: the furthest epoch at which an attempt began (`step`), and the deaths of its
 workers up to then (`deaths`), which do not count any more."""
+
+DASHBOARD_PART = 2045
+"""Characters of a text that optuna-dashboard keeps in one attribute."""
+
+
+def in_parts(prefix: str, text: str, before: Mapping[str, Any]) -> dict[str, str]:
+    """The attributes in which optuna-dashboard keeps a text.
+
+    Args:
+        prefix: of their names.
+        text: of any length.
+        before: the study's attributes; parts that a longer text has left there are blanked.
+    """
+    parts = [text[at : at + DASHBOARD_PART] for at in range(0, len(text), DASHBOARD_PART)]
+    left = sum(name.startswith(prefix) for name in before) - len(parts)
+    return {f"{prefix}{i}": part for i, part in enumerate(parts + [""] * max(0, left))}

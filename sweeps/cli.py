@@ -353,11 +353,8 @@ def serve(
 @app.command("list", rich_help_panel="Look")
 def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     """List the presets, and the sweeps that the store holds, with how far they are."""
-    from rich.table import Table
-    from rich.text import Text
-
     from sweeps import specfiles
-    from sweeps.listing import listed_table, read_listed
+    from sweeps.listing import listed_table, presets_table, read_listed
     from sweeps.progress import print_line
     from sweeps.studies import shown_url, store_to_read
 
@@ -370,12 +367,7 @@ def list_(storage_url: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None
         rows = [{"name": n, "question": q} for n, q in presets.items()]
         _print_json({"presets": rows, "stored": [sweep.as_dict() for sweep in stored]})
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("preset", no_wrap=True)
-    table.add_column("question")
-    for preset, question in presets.items():
-        table.add_row(preset, Text(question))
-    _stdout().print(table)
+    _stdout().print(presets_table(presets))
     if stored:
         _stdout().print()
         _stdout().print(f"in {shown_url(storage_url)}", style="dim", markup=False, highlight=False)

@@ -11,6 +11,7 @@ from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from sweeps.attributes import in_parts
 from sweeps.errors import SweepError
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ KEPT_BYTES = 60_000
 """Size of one such figure: what is larger stays out of the store, which workers read too."""
 
 PLOTS = "dashboard:plot_data:"
-PART = 2045
-"""optuna-dashboard's prefix of the attributes that hold figures, and their length in characters."""
+"""optuna-dashboard's prefix of the attributes that hold figures."""
 
 KEPT_HEIGHT = 470
 """Pixels that optuna-dashboard leaves to a figure; it cuts off the rest."""
@@ -234,9 +234,5 @@ def _attributes(before: Mapping[str, Any], plots: Mapping[str, PlotlyFigure]) ->
     """
     found: dict[str, str] = {}
     for key, plot in plots.items():
-        prefix, text = f"{PLOTS}{key}:", plot.to_json()
-        parts = [text[at : at + PART] for at in range(0, len(text), PART)]
-        # Parts that a longer figure has left are blanked.
-        left = sum(name.startswith(prefix) for name in before) - len(parts)
-        found |= {f"{prefix}{i}": part for i, part in enumerate(parts + [""] * max(0, left))}
+        found |= in_parts(f"{PLOTS}{key}:", plot.to_json(), before)
     return {key: text for key, text in found.items() if before.get(key) != text}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,18 @@ def read_listed(store: BaseStorage) -> list[Listed]:
     return sorted(listed, key=lambda one: one.name)
 
 
+def presets_table(questions: Mapping[str, str]) -> Table:
+    """The presets, and what each asks, for a terminal."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("preset", no_wrap=True)
+    table.add_column("question")
+    for preset, question in questions.items():
+        table.add_row(preset, Text(question))
+    return table
+
+
 def listed_table(sweeps: Sequence[Listed]) -> Table:
-    """The same for a terminal."""
+    """What `read_listed` has found, for a terminal."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("sweep", no_wrap=True)
     table.add_column("trials", no_wrap=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sweeps.attributes import LABEL
+from sweeps.attributes import LABEL, in_parts
 from sweeps.config import Value, written
 from sweeps.edits import Edit, edits
 from sweeps.errors import SpecError, SweepError, nearest
@@ -29,8 +29,6 @@ SCORED = "scored_images"
 READY = "ready"
 NOTE_VERSION = "dashboard:note_ver"
 NOTE_TEXT = "dashboard:note_str:"
-NOTE_PART = 2045
-"""Characters of a note that optuna-dashboard keeps in one attribute."""
 
 ADDED = "added_trials"
 """Trials of each study beyond the spec's budget; kept with the first study."""
@@ -375,11 +373,9 @@ def _save_note(store: BaseStorage, study_id: int, text: str) -> None:
     To import optuna-dashboard for it takes a second, as that brings scikit-learn.
     """
     attrs = store.get_study_system_attrs(study_id)
-    parts = [text[at : at + NOTE_PART] for at in range(0, len(text), NOTE_PART)]
-    before = sum(key.startswith(NOTE_TEXT) for key in attrs)
     store.set_study_system_attr(study_id, NOTE_VERSION, attrs.get(NOTE_VERSION, 0) + 1)
-    for number, part in enumerate([*parts, *[""] * (before - len(parts))]):
-        store.set_study_system_attr(study_id, f"{NOTE_TEXT}{number}", part)
+    for key, part in in_parts(NOTE_TEXT, text, attrs).items():
+        store.set_study_system_attr(study_id, key, part)
 
 
 def _validation(spec: SweepSpec, cell: Mapping[str, Value]) -> str:
