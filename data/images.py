@@ -145,12 +145,12 @@ def _list_zip(data_dir: Path) -> _Tree:
             )
     # What stands in it twice is, as for whoever unpacks it, the later one alone. Some programs
     # write ./train/ for train/.
-    paths = {entry.filename: entry.filename.removeprefix("./") for entry in entries}
-    names = {name: path for name, path in paths.items() if path and not _is_hidden(path)}
-    top = {path.split("/")[0] for path in names.values() if "/" in path}
+    names = {entry.filename.removeprefix("./"): entry.filename for entry in entries}
+    names = {path: name for path, name in names.items() if path and not _is_hidden(path)}
+    top = {path.split("/")[0] for path in names if "/" in path}
     prefix = f"{top.pop()}/" if len(top) == 1 and not top & {"train", "test"} else ""
     tree: _Tree = {"train": {}, "test": {}}
-    for name, path in sorted(names.items()):
+    for path, name in sorted(names.items()):
         part, *rest = path.removeprefix(prefix).split("/")
         # A folder's own entry ends in a slash; a file right in train/ is no class.
         if part not in tree or len(rest) < 2:

@@ -274,7 +274,8 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: fl
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     # Those of CPUs keep the statistics in the dtype of the weight.
     with torch.autocast(x.device.type, enabled=False):
-        return F.group_norm(x, num_groups, weight, bias, eps)
+        # Under torch.func.vmap the kernel is taken apart, and float32 comes out.
+        return F.group_norm(x, num_groups, weight, bias, eps).to(x.dtype)
 
 
 def make_norm(

@@ -300,7 +300,7 @@ class Archive:
             if not isinstance(member, str) or not member.startswith(f"{where}/"):
                 raise ArchiveError(f"its manifest has an entry of {where} without its member")
             if member not in self._members:
-                raise ArchiveError(f"it lacks {member[:60]!r}, by its manifest")
+                raise ArchiveError(f"it lacks {member[:60]!r}, which its manifest lists")
         return list(value)
 
     def _read(self, member: str) -> bytes:

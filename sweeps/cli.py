@@ -448,6 +448,7 @@ def status(
     statuses = [read_answer(store, s) for s in sweeps]
     if as_json:
         told = [found.as_dict(trials=trials) for found in statuses]
+        told += [{"name": name, "error": str(error)} for name, error in unreadable.items()]
         _print_json(told[0] if sweep else told)
         return
     if not statuses and not unreadable:
@@ -654,11 +655,16 @@ def _load(
                 f"there is no preset {sweep!r}, and no sweep of this name in "
                 f"{shown_url(storage_url)}; {hint}; a file of your own ends in .toml"
             )
-        if store and not quick:
-            kept = stored_sweep(store, sweep).spec
-            if not overrides and name is None:
-                return kept
-            return specfiles.changed(kept, overrides or (), name)
+        if quick:
+            raise SpecError(
+                f"{sweep} is a sweep in {shown_url(storage_url)}, and has no [quick] there; leave "
+                "--quick out"
+            )
+        assert store is not None
+        kept = stored_sweep(store, sweep).spec
+        if not overrides and name is None:
+            return kept
+        return specfiles.changed(kept, overrides or (), name)
     return specfiles.load(sweep, quick=quick, overrides=overrides or (), rename=name)
 
 

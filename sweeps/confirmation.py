@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
+from sweeps.errors import SpecError
 from sweeps.spec import CONFIRMATION, within_sweep
 from sweeps.status import StudyStatus, SweepStatus, TrialStatus, read_status
 from sweeps.studies import StoredSweep, stored_names, stored_sweep
@@ -259,15 +260,25 @@ def read_answer(store: BaseStorage, sweep: StoredSweep) -> SweepStatus:
 def with_confirmation(store: BaseStorage, sweep: StoredSweep, status: SweepStatus) -> SweepStatus:
     """A sweep's state with its confirmation, if it has one."""
     confirmed = sweep.spec.confirms
-    names = stored_names(store)
     if confirmed:
-        of = read_status(store, stored_sweep(store, confirmed)) if confirmed in names else None
+        origin = _readable(store, confirmed)
+        of = read_status(store, origin) if origin else None
         return dataclasses.replace(status, confirmation=_read(store, sweep, status, of))
-    name = sweep.spec.name + CONFIRMATION
-    if name in names and (runs := stored_sweep(store, name)).spec.confirms == sweep.spec.name:
+    runs = _readable(store, sweep.spec.name + CONFIRMATION)
+    if runs and runs.spec.confirms == sweep.spec.name:
         found = _read(store, runs, read_status(store, runs), status)
         return dataclasses.replace(status, confirmation=found)
     return status
+
+
+def _readable(store: BaseStorage, name: str) -> StoredSweep | None:
+    """A sweep of the store; None if it has none of this name, or one of another version."""
+    if name not in stored_names(store):
+        return None
+    try:
+        return stored_sweep(store, name)
+    except SpecError:
+        return None
 
 
 def configuration_of(params: Mapping[str, Value]) -> Configuration:

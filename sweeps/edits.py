@@ -41,7 +41,7 @@ _MEANINGS = {
     "budget.epochs_total": "epoch budget from now on",
     "budget.carry": "for trials that begin from now on",
     "budget.keep_checkpoints": "for trials that finish from now on",
-    "workers.threads": "for workers that start from now on; on a CPU it changes last digits",
+    "workers.threads": "for workers that start from now on; on a CPU they round differently",
 }
 
 

@@ -35,7 +35,7 @@ def told_of(error: Exception) -> tuple[str | None, int] | None:
         where = getattr(getattr(error, "ctx", None), "command_path", "sweep")
         return f"{message}{stop} {where} --help lists what there is", 2
     if isinstance(error, ImportError):
-        return _shadowed(error)
+        return _shadowed()
     # By name, as importing the leaves' own errors would load PyTorch for every mistake.
     names = {cls.__name__ for cls in type(error).__mro__}
     if "StorageURLError" in names:
@@ -57,17 +57,15 @@ def told_of(error: Exception) -> tuple[str | None, int] | None:
     return None
 
 
-def _shadowed(error: ImportError) -> tuple[str, int] | None:
-    """Of a package of somebody else's that stands in front of one of Sweep's own."""
-    root = Path(__file__).parents[1]
+def _shadowed() -> tuple[str, int] | None:
+    """Of a module of somebody else's that stands in front of one of Sweep's packages."""
+    ours = Path(__file__).parents[1]
     for package in ("data", "models", "storage"):
         found = getattr(sys.modules.get(package), "__file__", None)
-        folder = Path(found).parents[1] if found is not None else root
-        if folder != root:
+        if found is not None and not Path(found).is_relative_to(ours / package):
             return (
-                f"a package {package!r} in {folder} stands in front of Sweep's own; "
-                "put what PYTHONPATH leads to in a folder without packages called data, models, "
-                "storage or sweeps",
+                f"{found} stands in front of Sweep's own package {package!r}; put what PYTHONPATH "
+                "leads to in a folder without modules called data, models, storage or sweeps",
                 1,
             )
     return None

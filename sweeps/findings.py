@@ -157,7 +157,7 @@ def read_findings(store: BaseStorage, sweep: StoredSweep) -> Findings:
                     for t in (complete if seeds > 1 else ())
                 },
                 device_accuracies=sorted(a for a in of_devices if a is not None),
-                importance=_importance(complete, status.searched),
+                importance=_importance(store, stored.name, len(complete), status.searched),
             )
         )
     return Findings(spec, status, studies)
@@ -177,15 +177,17 @@ def _curve(trial: FrozenTrial, epochs: int, seeds: int) -> list[float]:
     return per_seed[-1] if per_seed else []
 
 
-def _importance(trials: Sequence[FrozenTrial], searched: Sequence[str]) -> dict[str, float]:
+def _importance(
+    store: BaseStorage, study_name: str, complete: int, searched: Sequence[str]
+) -> dict[str, float]:
     """PED-ANOVA's shares; empty where they would mean nothing."""
     from sweeps.importance import importance_shares
 
-    if len(trials) < FEWEST_FOR_IMPORTANCE or len(searched) < 2:
+    if complete < FEWEST_FOR_IMPORTANCE or len(searched) < 2:
         return {}
     # Five trials at least are to count as good, and never more than half of them.
-    quantile = min(0.5, max(0.1, 5 / len(trials)))
-    return importance_shares(trials, quantile)
+    found = importance_shares(store, study_name, min(0.5, max(0.1, 5 / complete)))
+    return {name: found[name] for name in searched if name in found}
 
 
 # --- words --------------------------------------------------------------------------------------

@@ -15,7 +15,10 @@ AUTO: Any = "auto"
 
 def parse_folder(text: str) -> Path:
     """A path; ~ in the environment, which no shell has seen, is the user's folder too."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
 
 
 Storage = Annotated[

@@ -34,6 +34,10 @@ VALIDATION_NOTE = {
 }
 
 
+ON_TEST = "Accuracies are on the test images."
+"""Of the runs of a confirmation."""
+
+
 @dataclass(frozen=True)
 class AnswerRow:
     """One row of the answer.
@@ -172,8 +176,9 @@ def _trial_table(status: SweepStatus, columns: list[str]) -> Table:
 
 
 def trials_table(status: SweepStatus) -> Table:
-    """Every trial, a row each; an accuracy in brackets is that of one that did not complete."""
-    table = PlainTable(title=Text(_heading(status), style="table.title"), title_justify="left")
+    """Every trial, a row each."""
+    title = Text(_heading(status), style="table.title")
+    table = PlainTable(title=title, title_justify="left", caption_justify="left")
     for column in ("study", "trial", "outcome", "accuracy", "epochs", "label", "parameters"):
         number = column in ("trial", "accuracy", "epochs")
         table.add_column(column, justify="right" if number else "left", overflow="fold")
@@ -183,6 +188,8 @@ def trials_table(status: SweepStatus) -> Table:
             cells += [str(trial.step), trial.label, describe_params(trial.params)]
             best = study.best is not None and trial.number == study.best.number
             table.add_row(*cells, style="bold" if best else None)
+    scored = ON_TEST if status.confirms else answer_note(status)
+    table.caption = f"{scored} In brackets: that of a trial that did not complete."
     return table
 
 

@@ -290,7 +290,8 @@ def mistake(result: subprocess.CompletedProcess[str], code: int, *said: str) -> 
         (["status", "--jsno"], 2, "--jsno"),
         (["status", "tiny"], 1, "sweep.db does not exist"),
         (["worker", "tiny", "--device", "cuda:7"], 1, "cuda:7"),
-        (["show", "nothing"], 2, "no preset"),
+        (["start", "tiny.toml", "--set", "lr=0.1"], 2, "did you mean 'peak_lr'?"),
+        (["show", "nothing"], 2, "no preset 'nothing', and no sweep of this name in sqlite"),
         (["dashboard", "--storage", "sqlite:///none.db"], 1, "none.db"),
         (["worker", "tiny"], 1, "sweep.db does not exist"),
         (["plan", "tiny", "--storage", f"sqlite:///{'x' * 300}"], 2, "no preset 'tiny'"),
@@ -306,23 +307,24 @@ def test_a_mistake_is_one_line_and_a_status(
     assert not (tmp_path / "sweep.db").exists()
 
 
-def test_a_package_in_front_of_ours_is_named(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "__init__.py").touch()
+@pytest.mark.parametrize("name", ["models/__init__.py", "models.py"])
+def test_a_module_in_front_of_ours_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
     write_spec(tmp_path / "tiny.toml")
     # A process of its own: the others have the right one imported.
     done = subprocess.run(
         command("plan", "tiny.toml"), cwd=tmp_path, capture_output=True, text=True, check=False,
         env=environment() | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
-    mistake(done, 1, f"a package 'models' in {tmp_path} stands in front of Sweep's own")
+    mistake(done, 1, f"{tmp_path / name} stands in front of Sweep's own package 'models'")
 
 
 def test_the_home_folder_is_known_by_its_sign_in_the_environment_too(tmp_path: Path) -> None:
     write_spec(tmp_path / "tiny.toml", train={"dataset": "images"})
-    env = environment() | {"HOME": str(tmp_path), "SWEEP_DATA_DIR": "~/pictures"}
-    done = run("plan", "tiny.toml", cwd=tmp_path, env=env)
-    mistake(done, 1, str(tmp_path / "pictures"))
+    for given, taken in (("~/pictures", tmp_path / "pictures"), ("~no-such-user", "~no-such")):
+        env = environment() | {"HOME": str(tmp_path), "SWEEP_DATA_DIR": given}
+        mistake(run("plan", "tiny.toml", cwd=tmp_path, env=env), 1, str(taken))
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,19 @@ def test_list_says_how_far_each_sweep_is(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["status", "--json", "--storage", url(tmp_path)])
     assert done.exit_code == 0
     readable = sorted({*specs, "met-confirm"} - {"old"})
-    assert [one["name"] for one in json.loads(done.stdout)] == readable
+    assert [one["name"] for one in json.loads(done.stdout)] == [*readable, "old"]
     assert "old cannot be read here: old: there is no key 'oldkey'" in done.stderr
+
+    for name, other in (("met", "met-confirm"), ("met-confirm", "met")):
+        (unread,) = (s for s in store.get_all_studies() if s.study_name == name)
+        spec = unread.user_attrs[studies.SPEC]
+        store.set_study_user_attr(unread._study_id, studies.SPEC, {**spec, "oldkey": 1})
+        done = CliRunner().invoke(app, ["status", "--json", "--storage", url(tmp_path)])
+        assert done.exit_code == 0, done.output
+        found = {one["name"]: one for one in json.loads(done.stdout)}
+        assert "oldkey" in found[name]["error"]
+        assert "error" not in found[other]
+        store.set_study_user_attr(unread._study_id, studies.SPEC, spec)
 
     told = {one["name"]: one for one in json.loads(listed(tmp_path, "--json"))["stored"]}
     assert list(told) == sorted({*specs, "met-confirm"})

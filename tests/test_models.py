@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import MODELS, NORMS, DeviceBlocks, build_model, parameter_groups
 from models.fixup import FixupBlock, FixupResNet
-from models.norms import DeviceBatchNorm2d, DeviceRuns, GroupNorm
+from models.norms import DeviceBatchNorm2d, DeviceRuns, GroupNorm, group_norm
 from models.resnet import ResidualBlock, ResNet
 
 PER_SAMPLE_NORMS = ("group", "layer", "instance")
@@ -615,6 +615,13 @@ def test_group_norm_keeps_its_statistics_in_float32_beside_bfloat16_maps() -> No
         assert parameter.grad is not None
         assert expected.grad is not None
         assert (parameter.grad - expected.grad).norm() < 1e-5 * expected.grad.norm()
+
+
+def test_group_norm_keeps_its_dtype_under_vmap() -> None:
+    x = images(8).view(2, 4, 3, 16, 16).bfloat16()
+    weight, bias = torch.ones(2, 3), torch.zeros(2, 3)
+    normalised = torch.func.vmap(lambda x, w, b: group_norm(x, 3, w, b, 1e-5))(x, weight, bias)
+    assert normalised.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -481,6 +481,8 @@ def test_start_says_how_long_it_will_take_and_learns_from_it(tmp_path: Path) -> 
     lines = done.stderr.splitlines()
     (said,) = [n for n, line in enumerate(lines) if line.startswith("about ")]
     assert "2 trials x 3 epochs in 1 study, 1 worker, " in lines[said]
+    seeds = ("--set", "seeds=2", "--name", "other", "--seconds", "0")
+    assert "3 x 2 seeds" in run_here("plan", "tiny.toml", *seeds, cwd=tmp_path).stdout
     assert said < next(n for n, line in enumerate(lines) if line.startswith("[1/2]"))
     kept = [json.loads(f.read_text()) for f in (tmp_path / "cache" / "speeds").glob("*.json")]
     assert [sample["measured"] for sample in kept] == ["run"]

@@ -14,8 +14,9 @@ from helpers import SEARCH, make_spec, url
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
+from sqlalchemy import text
 
-from storage.engine import open_storage
+from storage.engine import open_storage, sql_engine
 from sweeps import search
 from sweeps.attributes import CURVES, DEVICE_ACCURACIES
 from sweeps.errors import SweepError
@@ -444,6 +445,23 @@ def test_the_cliff_moves_with_the_batch_size(tmp_path: Path) -> None:
     layouts = [panel["layout"] for panel in drawn.as_dict()["panels"]]
     assert layouts[0]["xaxis"]["range"] == layouts[1]["xaxis"]["range"]
     assert layouts[0]["yaxis"]["range"] == layouts[1]["yaxis"]["range"]
+
+
+def test_a_trial_beyond_a_range_that_was_narrowed_counts_among_the_rest(tmp_path: Path) -> None:
+    spec = known_spec(each={}, train={"global_batch_size": 128}, budget={"trials": 9})
+    store = create(tmp_path, spec)
+    for number in range(9):
+        params = {"peak_lr": 0.05 + 0.1 * number, "warmup_epochs": 0.3 * number}
+        add(store, spec, 0, "complete", [0.1, 0.1, 0.1, 0.1 + 0.05 * number], params)
+    with sql_engine(store).begin() as connection:  # as a queued [[try]] keeps its value
+        beyond = (
+            "UPDATE trial_params SET param_value = 1.5 "
+            "WHERE trial_id = 9 AND param_name = 'peak_lr'"
+        )
+        assert connection.execute(text(beyond)).rowcount == 1
+    found = findings(open_storage(url(tmp_path)))
+    assert found.studies[0].status.trials[8].params["peak_lr"] == 1.5
+    assert set(found.studies[0].importance) == {"peak_lr", "warmup_epochs"}
 
 
 def test_trials_that_scored_alike_have_no_importance(tmp_path: Path) -> None:

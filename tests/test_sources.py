@@ -114,6 +114,14 @@ def test_folder_and_zip_are_the_same_data_set(tree: Path, tmp_path: Path) -> Non
     assert_equal(load_images(tmp_path / "enclosing"), in_folder)
 
 
+def test_what_stands_twice_in_a_zip_is_the_later_one(tree: Path, tmp_path: Path) -> None:
+    file = zipped(tree, tmp_path / "a.zip", "./")
+    with zipfile.ZipFile(file, "a") as archive:
+        for path in tree.rglob("*.png"):
+            archive.write(path, path.relative_to(tree).as_posix())
+    assert_equal(load_images(file), load_images(tree))
+
+
 def test_files_of_operating_systems_are_passed_over(tree: Path, tmp_path: Path) -> None:
     expected = load_images(tree)
     for name in ("train/.DS_Store", "train/ant/Thumbs.db", "train/ant/._0.jpg", "read.me"):

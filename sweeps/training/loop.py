@@ -30,6 +30,10 @@ DEAD_LOSS_SHARE = 0.98
 """A dead network's training loss stays at or above this share of a constant guess's; both are
 counted from the least loss there is."""
 
+DEAD_EPOCHS = 3
+"""Consecutive epochs at the loss of a constant guess, all predictions alike and coming no further
+apart, that end a training."""
+
 CHECK_EVERY = 25
 """Updates between two looks at the loss where looking would stall the device."""
 
@@ -79,11 +83,6 @@ class EpochResult:
     # Not in checkpoints of earlier versions.
     logit_range: float = 0.0
     class_correct: list[int] = field(default_factory=list)
-
-
-DEAD_EPOCHS = 3
-"""Consecutive epochs at the loss of a constant guess, all predictions alike and coming no further
-apart, that end a training."""
 
 
 class Algorithm(Protocol):
