@@ -84,7 +84,12 @@ def tree(tmp_path: Path) -> Path:
 def zipped(folder: Path, target: Path, prefix: str = "") -> Path:
     with zipfile.ZipFile(target, "w") as archive:
         for path in sorted(folder.rglob("*"), reverse=True):
-            archive.write(path, prefix + path.relative_to(folder).as_posix())
+            name = prefix + path.relative_to(folder).as_posix()
+            # Not by `write`, which would drop a leading ./.
+            if path.is_dir():
+                archive.writestr(zipfile.ZipInfo(f"{name}/"), b"")
+            else:
+                archive.writestr(zipfile.ZipInfo(name), path.read_bytes())
     return target
 
 
