@@ -4,6 +4,7 @@ And a PostgreSQL server for each process that needs one, and an order in which n
 to the end.
 """
 
+import gc
 import os
 import secrets
 import shutil
@@ -30,6 +31,13 @@ SLOW = {"ray", "cli", "docs", "confirm", "limits", "plan", "serve", "archive", "
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the slow modules: what is left for the end is short."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_collected() -> Iterator[None]:
+    """Commands that are soon over go without; within the process of the tests, it has to go on."""
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,7 @@ WRONG = [
     ({"search": {"norm": {"choices": ["group", "grp"]}}}, "did you mean 'group'"),
     ({"search": {"clip_grad_norm": {"low": "off", "high": 1.0}}}, "choices"),
     ({"search": {"peak_lr": {"choices": [0.1], "low": 0.1}}}, "stand alone"),
-    ({"search": {"epochs": {"low": 1, "high": 5}}}, "measured"),
+    ({"search": {"epochs": {"low": 1, "high": 5}}}, "the same in all trials"),
     ({"search": {"warmup_epochs": {"low": 0.0, "high": 50.0}}, "try": []}, "longer than the"),
     ({"search": {"global_batch_size": {"low": 80, "high": 320}}}, "keep one"),
     ({"search": {"norm": {"choices": ["group", "layer"]}}}, "keep one"),
