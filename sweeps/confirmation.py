@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.config import Value
-from sweeps.errors import SpecError
+from sweeps.errors import SweepError
 from sweeps.spec import CONFIRMATION, within_sweep
 from sweeps.status import StudyStatus, SweepStatus, TrialStatus, read_status
-from sweeps.studies import StoredSweep, stored_names, stored_sweep
+from sweeps.studies import StoredSweep, stored_sweep
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -273,11 +273,9 @@ def with_confirmation(store: BaseStorage, sweep: StoredSweep, status: SweepStatu
 
 def _readable(store: BaseStorage, name: str) -> StoredSweep | None:
     """A sweep of the store; None if it has none of this name, or one of another version."""
-    if name not in stored_names(store):
-        return None
     try:
         return stored_sweep(store, name)
-    except SpecError:
+    except SweepError:
         return None
 
 
